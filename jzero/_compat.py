@@ -1,0 +1,93 @@
+"""Every use of a JAX internal that moves between versions, behind names of our own.
+
+Met so far: `scan`'s `num_consts`/`num_carry` became `ft_in`; `ClosedJaxpr` became a `Jaxpr` with constants inside;
+`get_bind_params` gives `(subfuns, params)` or `params`. Nothing else in jzero imports `jax._src`.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import jax
+from jax._src import core, source_info_util
+from jax._src.interpreters import partial_eval
+
+Literal = core.Literal
+
+
+class ScanParts(NamedTuple):
+    """What a `scan` equation runs, independent of how its parameters are spelled."""
+
+    num_consts: int
+    num_carry: int
+    body: Any
+    length: int
+    reverse: bool
+    unroll: int | bool
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr whose `invars` are the arguments, and the constants bound to its `constvars`."""
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def scan_parts(eqn: Any) -> ScanParts:
+    params = eqn.params
+    if "ft_in" in params:
+        num_consts, num_carry, _ = map(len, params["ft_in"].unpack())
+    else:
+        num_consts, num_carry = params["num_consts"], params["num_carry"]
+    return ScanParts(num_consts, num_carry, params["jaxpr"], params["length"], params["reverse"], params["unroll"])
+
+
+def bind(eqn: Any, args: Sequence[Any], **changed: Any) -> list[Any]:
+    """Run one equation on new arguments, with some parameters changed, keeping its source line and name stack."""
+    bound = eqn.primitive.get_bind_params({**eqn.params, **changed})
+    subfuns, params = bound if isinstance(bound, tuple) else ((), bound)
+    out = eqn.primitive.bind(*subfuns, *args, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def provenance(eqn: Any) -> ExitStack:
+    """A context in which what is traced carries the equation's user source line, so errors and HLO still name it."""
+    stack = ExitStack()
+    name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    stack.enter_context(source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack))
+    stack.enter_context(eqn.ctx.manager)
+    return stack
+
+
+def where(eqn: Any) -> str:
+    """`model.py:41 (attention)`: the user's line that made the equation."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def rebind_remat(eqn: Any, fn: Callable[..., list[Any]], args: Sequence[Any]) -> list[Any]:
+    """A `checkpoint` equation again, with `fn` as its body; keeps `differentiated`, which alone makes its barrier real."""
+    traced = jax.make_jaxpr(fn)(*args)
+    jaxpr, consts = open_jaxpr(traced)
+    body = partial_eval.convert_constvars_jaxpr(jaxpr) if consts else jaxpr
+    prevent_cse = eqn.params["prevent_cse"]
+    keep = prevent_cse if isinstance(prevent_cse, bool) else any(prevent_cse)
+    return eqn.primitive.bind(*consts, *args, **{**eqn.params, "jaxpr": body, "prevent_cse": keep})
+
+
+def ordered_effects(jaxpr: Any) -> list[str]:
+    """The ordered effects of a program, which JAX cannot run on several devices."""
+    from jax._src import effects
+
+    return [str(effect) for effect in jaxpr.effects if effects.ordered_effects.contains(effect)]
+
+
+def prune(jaxpr: Any, outputs: Sequence[bool]) -> tuple[Any, list[bool]]:
+    """The part of a jaxpr that the chosen outputs need, and which of its inputs that part still takes."""
+    opened, consts = open_jaxpr(jaxpr)
+    body = partial_eval.convert_constvars_jaxpr(opened) if consts else opened
+    pruned, used = partial_eval.dce_jaxpr(body, list(outputs))
+    return pruned, list(used)
+
+
+def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+    """Run a jaxpr as it is."""
+    opened, consts = open_jaxpr(jaxpr)
+    return core.eval_jaxpr(opened, consts, *args)

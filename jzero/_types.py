@@ -1,0 +1,30 @@
+"""Names that several rooms share."""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jax.sharding import PartitionSpec
+
+Role = Literal["params", "opt_state", "batch", "other"]
+ROLES: tuple[Role, ...] = ("params", "opt_state", "batch", "other")
+
+MESH_AXES = ("replica", "data", "pipe", "sequence", "tensor", "expert")  # outermost first
+BATCH_AXES = ("replica", "data")  # the axes that examples are split over
+
+
+class Leaf(NamedTuple):
+    """One leaf of a step's state, in flattening order, and what it is."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    role: Role
+    owner: int | None  # index of the parameter leaf that this leaf mirrors; a parameter owns itself
+
+
+class Placement(NamedTuple):
+    """Where one leaf lives, and the reason, as the report prints it."""
+
+    leaf: Leaf
+    spec: PartitionSpec
+    why: str

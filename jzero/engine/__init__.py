@@ -1,0 +1,1 @@
+"""The two engines: a step that jzero wrote (`composed`), and any other (`opaque`)."""

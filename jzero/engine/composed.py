@@ -1,0 +1,243 @@
+"""The engine for a `TrainStep`: its gradient with the data axes manual where that is exact, its update under Auto axes.
+
+What each stage does with a sharded parameter is all there is to ZeRO, and stands in `Holding`: when it is gathered, what
+is differentiated, and when its gradient is reduced.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jzero import precision as precisions
+from jzero._tree import is_key
+from jzero.comm import Auto, Comm, Manual
+from jzero.engine.layout import Layout, Options, batch_shardings, check_same_state
+from jzero.engine.scalars import add_up
+from jzero.gather import Fact, differentiable
+from jzero.gather.composed import Parts
+from jzero.gather.facts import Reading, rooted
+from jzero.mesh import axis_size, batch_axes
+from jzero.rules.batch import is_split
+from jzero.step import TrainStep, gradient
+from jzero.step import params as parameters
+from jzero.step.normalise import Examples, Normaliser, normaliser
+from jzero.step.train_step import microbatch_shapes
+from jzero.step.update import squares
+
+AXIS = "data"
+
+
+@dataclass(frozen=True)
+class Holding:
+    """How one program holds its parameters between the start of a step and their uses."""
+
+    gather: str  # "never", "step" or "use"
+    reduce: str  # "step" or "use"
+    splits: tuple[tuple[Any, ...] | None, ...]  # per parameter leaf; None where it is whole anyway
+    mask: tuple[bool, ...]  # which leaves train
+    comm: Comm
+    reading: Reading
+    reduce_dtype: Any  # as gradients appear
+    reduce_once_dtype: Any  # once a step
+
+    def at_start(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+        """The working copy: stages 1 and 2 gather it once."""
+        once = self.gather == "step"
+        return [self.comm.gather(leaf, split) if split and once else leaf for leaf, split in zip(leaves, self.splits, strict=True)]
+
+    def differentiated(self, leaves: Sequence[jax.Array], held: Sequence[jax.Array]) -> list[jax.Array]:
+        """What the gradient is taken of: the working copy, or a stand-in of the shard's shape that gradients are reduced into."""
+
+        def chosen(leaf: jax.Array, whole: jax.Array, split: Any) -> jax.Array:
+            scattered_early = split and self.reduce == "use" and self.gather == "step"
+            return jnp.zeros(leaf.shape, leaf.dtype) if scattered_early else whole
+
+        every = [chosen(*item) for item in zip(leaves, held, self.splits, strict=True)]
+        return parameters.select(every, self.mask)
+
+    def facts(self) -> tuple[Fact | None, ...]:
+        """Which parameters enter the loss as something other than a whole array."""
+        early = self.gather == "use" or self.reduce == "use"
+
+        def fact(index: int, split: Any, trains: bool) -> Fact | None:
+            return Fact(index, split) if split and early and (trains or self.gather == "use") else None
+
+        return tuple(fact(*item) for item in zip(range(len(self.splits)), self.splits, self.mask, strict=True))
+
+    def arguments(self, held: Sequence[jax.Array], diff: Sequence[jax.Array]) -> list[Any]:
+        """The loss's parameters: whole arrays, or `Parts` where there is a fact."""
+        full = parameters.merge(diff, held, self.mask)
+        parts = zip(full, held, self.facts(), self.mask, strict=True)
+        return [value if fact is None else self._parts(value, leaf, trains) for value, leaf, fact, trains in parts]
+
+    def _parts(self, value: jax.Array, held: jax.Array, trains: bool) -> Parts:
+        sink = value if trains else None
+        return Parts(shard=value, sink=sink) if self.gather == "use" else Parts(whole=held, sink=sink)
+
+    def at_end(self, grads: Sequence[jax.Array], dtype: Any) -> list[jax.Array]:
+        """Gradients reduced over the data axis: those that were not, once."""
+        splits = parameters.select(self.splits, self.mask)
+        return [self._reduced_at_end(grad, split).astype(dtype) for grad, split in zip(grads, splits, strict=True)]
+
+    def _reduced_at_end(self, grad: jax.Array, split: Any) -> jax.Array:
+        return self.comm.reduce(grad, split, self.reduce_once_dtype) if split and self.reduce == "step" else grad
+
+
+def build(step: TrainStep, layout: Layout, options: Options, notes: list[str]) -> Callable[..., Any]:
+    """The step for a mesh, to be jitted under the layout's shardings. What it decides on the way goes to `notes`."""
+
+    def sharded(state: Any, *batch: Any) -> tuple[Any, Any]:
+        batch = jax.tree.map(jnp.asarray, batch)
+        batch_shardings(batch, options.mesh, step.accumulate)
+        gradients = Gradients(step, layout, options, state, batch)
+        notes[:] = gradients.notes
+        state_out, metrics = gradients.finish()
+        check_same_state(state, state_out)
+        return state_out, metrics
+
+    return sharded
+
+
+class Gradients:
+    """One traced step: from the state and the batch to summed gradients, shard by shard or under their global meaning."""
+
+    def __init__(self, step: TrainStep, layout: Layout, options: Options, state: Any, batch: Any):
+        self.step, self.layout, self.options, self.state, self.batch = step, layout, options, state, batch
+        self.mesh = options.mesh
+        self.batch_axes = batch_axes(self.mesh)
+        self.num_shards = axis_size(self.mesh, self.batch_axes)
+        compute = precisions.cast(state.params, step.policy.compute)
+        self.leaves, self.treedef = jax.tree.flatten(compute)
+        self.mask = parameters.trainable_mask(state.params, step.trainable)
+        self.key = step.step_key(state)
+        self.examples = self._examine()
+        self.manual = step.reduction == "local" or (step.reduction == "auto" and self.examples.kind != "mixed")
+        self.notes = [] if self.manual and self.examples.kind != "mixed" else list(self.examples.findings)
+
+    def _examine(self) -> Examples:
+        shards = self.num_shards if self.step.reduction != "global" else 1
+        micro = microbatch_shapes(self.batch, self.step.accumulate * shards)
+        needed = self.step.accumulate * self.num_shards > 1
+        return self.step.examples(self._params(self.leaves), micro, self.key, self.state.model_state, needed=needed)
+
+    def _params(self, leaves: Sequence[Any]) -> Any:
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def _splits(self, comm: Comm) -> tuple[Any, ...]:
+        """Per parameter: its spec where ZeRO splits it, only the data entry where the program is written by hand."""
+
+        def split(index: int) -> Any:
+            entries = self.layout.split(index)
+            is_zero = tuple(AXIS in (entry if isinstance(entry, tuple) else (entry,)) for entry in entries)
+            if not any(is_zero) or self.options.stage.gather == "never":
+                return None
+            return tuple(AXIS if yes else None for yes in is_zero) if comm.is_local else entries
+
+        return tuple(split(index) for index in range(len(self.leaves)))  # params come first in a TrainState
+
+    def _holding(self, comm: Comm) -> Holding:
+        stage, policy = self.options.stage, self.step.policy
+        reading = Reading(False, dict(self.mesh.shape))
+        return Holding(stage.gather, stage.reduce, self._splits(comm), self.mask, comm, reading, policy.reduce, policy.reduce_once)
+
+    def finish(self) -> tuple[Any, Any]:
+        """Summed gradients, then the update under Auto axes."""
+        sums, leaf_squares, weight, program = self._by_shard() if self.manual else self._globally()
+        scale = self.state.loss_scale.scale
+        factor = weight.gradient_factor(sums.weight, scale)
+        grads = [grad * factor.astype(grad.dtype) for grad in sums.grads]
+        total = weight.total(sums.weight)
+        return self.step.finish(self.state, grads, leaf_squares * factor**2, sums, total, program, self.mask)
+
+    def _sums(
+        self, leaves: Sequence[jax.Array], batch: Any, model_state: Any, rngs: Any, scale: jax.Array, comm: Comm, num_shards: int
+    ) -> tuple[gradient.Sums, Normaliser, gradient.LossProgram]:  # fmt: skip
+        """The gradient of a batch or of one shard of it, with parameters held as the stage says."""
+        step, holding = self.step, self._holding(comm)
+        micro = microbatch_shapes(batch, step.accumulate)
+        whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._params(self.leaves))
+        program = step.trace(whole, micro, rngs(0), model_state)
+        weight = normaliser(
+            program, self.examples, batch, num_micro=step.accumulate, num_shards=num_shards, rngs=rngs, model_state=model_state,
+            add_up=self._over_shards if comm.is_local else (lambda value: value),
+        )  # fmt: skip
+        held = holding.at_start(leaves)
+        others = len(gradient.arguments([], micro, rngs(0), model_state))
+        facts = rooted((*holding.facts(), *(None,) * others))
+
+        def run_loss(diff: Sequence[Any], micro: Any, rng: Any, model_state: Any) -> Any:
+            flat = gradient.arguments(holding.arguments(held, diff), micro, rng, model_state)
+            out = differentiable(
+                program.jaxpr, facts, flat, reading=holding.reading, comm=comm, reduce_dtype=holding.reduce_dtype
+            )
+            return gradient.unflatten(program, out)
+
+        sums = gradient.accumulate(
+            program, run_loss, holding.differentiated(leaves, held), batch, num=step.accumulate, rngs=rngs,
+            model_state=model_state, seed=scale / weight.before, dtype=step.policy.accumulate,
+        )  # fmt: skip
+        return sums._replace(grads=holding.at_end(sums.grads, step.policy.accumulate)), weight, program
+
+    def _over_shards(self, value: jax.Array) -> jax.Array:
+        return jax.lax.psum(value, self.batch_axes)
+
+    def _globally(self) -> tuple[gradient.Sums, jax.Array, Normaliser, gradient.LossProgram]:
+        """Every value is the whole batch's: exact for any loss, at the cost of a reduction in every microbatch."""
+        rngs = partial(self.step.microbatch_key, self.key, shard=0)
+        scale = self.state.loss_scale.scale
+        sums, weight, program = self._sums(self.leaves, self.batch, self.state.model_state, rngs, scale, Auto(self.mesh), 1)
+        return sums, squares(sums.grads), weight, program
+
+    def _by_shard(self) -> tuple[gradient.Sums, jax.Array, Normaliser, gradient.LossProgram]:
+        """Every shard computes its own examples' sums, with the batch axes manual; then they are added up."""
+        comm, traced = Manual(AXIS), []
+        splits = self._splits(comm)
+        specs = [PartitionSpec(*split) if split else PartitionSpec() for split in splits]
+        whole, by_row = PartitionSpec(), PartitionSpec(self.batch_axes)
+
+        def local(leaves: Any, batch: Any, model_state: Any, key: jax.Array, scale: jax.Array, shard: jax.Array) -> Any:
+            rngs = partial(self.step.microbatch_key, key, shard=shard[0])
+            sums, weight, program = self._sums(leaves, batch, model_state, rngs, scale, comm, self.num_shards)
+            traced[:] = [weight.exact, program]
+            return self._added_up(sums, parameters.select(splits, self.mask)), weight.before
+
+        batch_specs = jax.tree.map(lambda leaf: by_row if is_split(leaf) else whole, self.batch)
+        grads_specs = parameters.select(specs, self.mask)
+        sums_specs = gradient.Sums(grads_specs, whole, whole, gradient.AuxParts(whole, whole, by_row), whole)
+        run = jax.shard_map(
+            local, mesh=self.mesh, in_specs=(specs, batch_specs, whole, whole, whole, by_row),
+            out_specs=((sums_specs, whole), whole), axis_names=frozenset(self.batch_axes), check_vma=False,
+        )  # fmt: skip
+        shards, scale = jnp.arange(self.num_shards), self.state.loss_scale.scale
+        (sums, leaf_squares), before = run(self.leaves, self.batch, self.state.model_state, self.key, scale, shards)
+        return sums, leaf_squares, Normaliser(before, traced[0]), traced[1]
+
+    def _added_up(self, sums: gradient.Sums, splits: Sequence[Any]) -> tuple[gradient.Sums, jax.Array]:
+        """Everything that shards still hold apart, in two collectives: whole leaves and the replicas' shards, then all scalars."""
+        grads = [self._across(grad, bool(split)) for grad, split in zip(sums.grads, splits, strict=True)]
+        num_data, num_replicas = axis_size(self.mesh, AXIS), self.num_shards // axis_size(self.mesh, AXIS)
+        copies = jnp.array([num_replicas if split else num_replicas * num_data for split in splits], jnp.float32)
+        parts = (sums.loss, sums.weight, sums.aux.averaged, sums.aux.summed, squares(grads) / copies)
+        loss, weight, averaged, summed, leaf_squares = add_up(parts, self.batch_axes)
+        aux = sums.aux._replace(averaged=averaged, summed=summed)
+        model_state = sums.model_state if self.examples.kind != "mixed" else self._averaged(sums.model_state)
+        return gradient.Sums(grads, loss, weight, aux, model_state), leaf_squares
+
+    def _across(self, grad: jax.Array, is_shard: bool) -> jax.Array:
+        """One all-reduce of a leaf that is whole; of a shard, only over replicas."""
+        axes = tuple(axis for axis in self.batch_axes if axis != AXIS) if is_shard else self.batch_axes
+        return jax.lax.psum(grad.astype(self.step.policy.reduce_once), axes).astype(grad.dtype) if axes else grad
+
+    def _averaged(self, model_state: Any) -> Any:
+        """`reduction="local"` lets shards' model states differ; their mean is what all go on with."""
+
+        def mean(leaf: jax.Array) -> jax.Array:
+            is_real = not is_key(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+            return jax.lax.pmean(leaf, self.batch_axes) if is_real else leaf
+
+        return jax.tree.map(mean, model_state)

@@ -1,0 +1,93 @@
+"""Where a step's state lives: every leaf's role, spec and sharding, decided once from shapes."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from jzero import roles, rules as placing
+from jzero._errors import explain
+from jzero._tree import path_name, short
+from jzero._types import Placement
+from jzero.rules.batch import check_batch
+from jzero.stages import Stage
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `jzero.shard` was asked for, checked."""
+
+    stage: Stage
+    mesh: Mesh
+    params: Any = None
+    rules: tuple[Any, ...] = ()
+    remat: Any = None
+    min_shard_elements: int = 1024
+    on_indivisible: str = "replicate"
+    donate: bool = True
+    strict: bool = True
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The placement of one state structure; leaves in flattening order."""
+
+    treedef: Any
+    avals: tuple[jax.ShapeDtypeStruct, ...]
+    placements: tuple[Placement, ...]
+    mesh: Mesh
+
+    @cached_property
+    def shardings(self) -> tuple[NamedSharding, ...]:
+        return tuple(NamedSharding(self.mesh, placement.spec) for placement in self.placements)
+
+    @cached_property
+    def tree(self) -> Any:
+        """The shardings as a pytree like the state."""
+        return jax.tree.unflatten(self.treedef, self.shardings)
+
+    def split(self, index: int) -> tuple[Any, ...]:
+        """A leaf's spec with one entry per dim."""
+        spec, ndim = self.placements[index].spec, len(self.avals[index].shape)
+        return (*spec, *(None,) * (ndim - len(spec)))
+
+
+def layout(state: Any, options: Options, *, opaque: bool) -> Layout:
+    """Roles, then rules, for an abstract or concrete state."""
+    leaves, treedef = jax.tree.flatten(state)
+    avals = tuple(jax.ShapeDtypeStruct(jax.numpy.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in leaves)
+    state = jax.tree.unflatten(treedef, avals)
+    stage = options.stage
+    params = stage.shard_params_opaque if opaque else stage.shard_params
+    sharded = {"params": params, "opt_state": stage.shard_opt_state}
+    placements = placing.place(
+        roles.assign(state, params=options.params),
+        mesh=options.mesh,
+        shard_roles=frozenset(role for role, yes in sharded.items() if yes),
+        rules=options.rules,
+        min_shard_elements=options.min_shard_elements,
+        on_indivisible=options.on_indivisible,
+    )
+    return Layout(treedef, avals, placements, options.mesh)
+
+
+def batch_shardings(batch: Any, mesh: Mesh, accumulate: int) -> Any:
+    """Shardings of a batch, checked against the batch axes and the microbatches."""
+    check_batch(batch, mesh, accumulate)
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, placing.batch_spec(leaf, mesh)), batch)
+
+
+def check_same_state(before: Any, after: Any) -> None:
+    """A step must give back the state it got: same structure, shapes and dtypes."""
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        found = [f"in:  {jax.tree.structure(before)}", f"out: {jax.tree.structure(after)}"]
+        fix = "Return (state, aux) with a state of the structure that came in."
+        raise TypeError(explain("jzero.shard", "the step returns a state of another structure", found=found, fix=fix))
+    rows = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    wrong = [(path, old, new) for (path, old), new in rows if (old.shape, old.dtype) != (new.shape, new.dtype)]
+    if wrong:
+        found = [f"{path_name(path)}   in {short(old)}, out {short(new)}" for path, old, new in wrong]
+        fix = "Cast the leaf back inside the step, or make it with the dtype it ends with."
+        raise TypeError(explain("jzero.shard", f"the step changes {len(wrong)} leaves of its state", found=found, fix=fix))

@@ -1,0 +1,49 @@
+"""Whether an all-reduce is a reduce-scatter in meaning: every reader takes only this device's piece of the result."""
+
+from typing import NamedTuple
+
+from jzero.hlo.text import Computation, Instruction, Module, attribute, called
+
+# What may stand between the reduction and the slice: values move or change one by one, none is dropped for good.
+_VIEWS = {
+    "get-tuple-element", "bitcast", "copy", "copy-start", "copy-done", "convert", "reshape", "transpose", "slice",
+    "multiply", "add", "negate", "opt-barrier", "all-reduce-done", "async-done",
+}  # fmt: skip
+
+
+class _Inside(NamedTuple):
+    """A computation, and the fusion that runs it."""
+
+    home: Computation
+    fusion: str = ""
+    outer: "_Inside | None" = None
+
+
+def is_sliced(reduction: Instruction, home: Computation, module: Module, group_size: int) -> bool:
+    """Whether all readers of `reduction` are dynamic slices, each of a whole fraction that divides the group size."""
+    return _all_slice(reduction.name, _Inside(home), module, group_size)
+
+
+def scatter_fusion(instruction: Instruction) -> bool:
+    """Whether a fusion is the TPU compiler's `all-reduce-scatter`: an all-reduce and its slice in one operation."""
+    return "all-reduce-scatter" in instruction.name + (attribute(instruction, "calls") or "")
+
+
+def _all_slice(name: str, place: _Inside, module: Module, group_size: int) -> bool:
+    if name == place.home.root:
+        return place.outer is not None and _all_slice(place.fusion, place.outer, module, group_size)
+    readers = [reader for reader in place.home.instructions.values() if name in reader.operands]
+    return bool(readers) and all(_slices(reader, name, place, module, group_size) for reader in readers)
+
+
+def _slices(reader: Instruction, name: str, place: _Inside, module: Module, group_size: int) -> bool:
+    if reader.opcode == "dynamic-slice":
+        whole, piece = place.home.instructions[name].shape.elements, reader.shape.elements
+        return reader.operands[0] == name and 0 < piece < whole and group_size % (whole // piece) == 0
+    if reader.opcode == "fusion":
+        inner = module.computations[called(reader, "calls")[0]]
+        parameters = {int(one.operands[0]): one.name for one in inner.instructions.values() if one.opcode == "parameter"}
+        inside = _Inside(inner, reader.name, place)
+        read = [parameters[position] for position, operand in enumerate(reader.operands) if operand == name]
+        return all(_all_slice(parameter, inside, module, group_size) for parameter in read)
+    return reader.opcode in _VIEWS and _all_slice(reader.name, place, module, group_size)

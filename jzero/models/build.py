@@ -1,0 +1,146 @@
+"""A model as a value: pure functions over a plain dict of parameters, with flax nnx modules inside."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jzero._errors import explain
+from jzero._tree import num_elements
+from jzero.models.config import GPT2Config, LlamaConfig, ModelConfig, preset
+from jzero.models.gpt2 import GPT2Layer, GPT2Outer
+from jzero.models.layers import Attention, run_layers
+from jzero.models.llama import LlamaLayer, LlamaOuter
+from jzero.models.loss import next_token_loss
+
+_MODULES = {GPT2Config: (GPT2Layer, GPT2Outer), LlamaConfig: (LlamaLayer, LlamaOuter)}
+
+FLOPS_FORMULA = (
+    "6 N + 12 L d T per token; N = parameters that multiply (no position table, an untied embedding not), d = heads x head dim"
+)
+
+
+class Model(NamedTuple):
+    """`init`, `apply` and `loss` are pure; `params["layers"]` is stacked on dim 0 (scanned) or a list (unrolled)."""
+
+    config: ModelConfig
+    init: Callable[[jax.Array], dict[str, Any]]  # key -> params, float32
+    apply: Callable[[Any, jax.Array], jax.Array]  # params, tokens[B, T] -> logits[B, T, V]
+    loss: Callable[[Any, jax.Array], jax.Array]  # params, tokens[B, T + 1] -> scalar: mean over B and T, float32
+    num_params: int  # as published: padding of the vocabulary not counted
+    flops_per_token: Callable[[int], float]  # sequence length -> forward and backward, causality not discounted
+    embed: Callable[[Any, jax.Array], jax.Array]  # params, tokens -> x
+    layer: Callable[[jax.Array, Any], jax.Array]  # x, one layer's params -> x
+    head: Callable[[Any, jax.Array], jax.Array]  # params, x -> logits, padding included
+
+
+def build(
+    model: str | ModelConfig, *, scan_layers: bool = True, attention: Attention | None = None, **changes: object
+) -> Model:
+    """A GPT-2 or Llama as pure functions.
+
+    Args:
+        model: a preset's name or a config. Keyword `changes` replace fields of a preset.
+        scan_layers: stack the layers and scan over them (compile time does not grow with depth), or unroll a list.
+        attention: None chooses by device and dtype; "plain" or "cudnn" insists.
+
+    Compute follows the dtype of the parameters: cast them to bfloat16 and activations are bfloat16, with norms,
+    softmax and loss in float32.
+
+    Example:
+        >>> import jax
+        >>> model = build("gpt2-tiny", num_layers=2)
+        >>> params = model.init(jax.random.key(0))
+        >>> model.loss(params, jax.numpy.zeros((1, 9), int)).shape
+        ()
+    """
+    config = preset(model, **changes) if isinstance(model, str) else model
+    layer_class, outer_class = _MODULES[type(config)]
+
+    def make_layer(key: jax.Array) -> nnx.Module:
+        return layer_class(config, attention=attention, rngs=nnx.Rngs(key))
+
+    def make_outer(key: jax.Array) -> nnx.Module:
+        return outer_class(config, rngs=nnx.Rngs(key))
+
+    layer_def, outer_def = (nnx.graphdef(nnx.eval_shape(make, jax.random.key(0))) for make in (make_layer, make_outer))
+
+    def init(key: jax.Array) -> dict[str, Any]:
+        outer_key, layers_key = jax.random.split(key)
+        keys = jax.random.split(layers_key, config.num_layers)
+        layers = jax.vmap(lambda one: _params(make_layer(one)))(keys)
+        return {**_params(make_outer(outer_key)), "layers": layers if scan_layers else unstack(layers)}
+
+    def outer(params: Any) -> nnx.Module:
+        return nnx.merge(outer_def, {name: part for name, part in params.items() if name != "layers"})
+
+    def embed(params: Any, tokens: jax.Array) -> jax.Array:
+        _check_length(tokens, config)
+        return outer(params).embed(tokens)
+
+    def layer(x: jax.Array, params: Any) -> jax.Array:
+        return nnx.merge(layer_def, params)(x)
+
+    def head(params: Any, x: jax.Array) -> jax.Array:
+        return outer(params).head(x)
+
+    def padded_logits(params: Any, tokens: jax.Array) -> jax.Array:
+        return head(params, run_layers(layer, embed(params, tokens), params["layers"]))
+
+    def apply(params: Any, tokens: jax.Array) -> jax.Array:
+        return padded_logits(params, tokens)[..., : config.vocab_size]
+
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        logits = padded_logits(params, tokens[:, :-1])
+        return next_token_loss(logits, tokens[:, 1:], vocab_size=config.vocab_size)
+
+    num_params = count_params(jax.eval_shape(init, jax.random.key(0))) - _num_padding(config)
+    return Model(config, init, apply, loss, num_params, _flops_per_token(config, num_params), embed, layer, head)
+
+
+def count_params(params: Any) -> int:
+    return sum(num_elements(leaf) for leaf in jax.tree.leaves(params))
+
+
+def unstack(layers: Any) -> list[Any]:
+    """Stacked layer parameters as a list with one entry per layer."""
+    num_layers = jax.tree.leaves(layers)[0].shape[0]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(num_layers)]
+
+
+def stack(layers: list[Any]) -> Any:
+    """The reverse of `unstack`."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def _params(module: nnx.Module) -> dict[str, Any]:
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+def _num_padding(config: ModelConfig) -> int:
+    tables = 1 if isinstance(config, GPT2Config) or config.tied else 2
+    return tables * config.dim * ((config.padded_vocab_size or config.vocab_size) - config.vocab_size)
+
+
+def _flops_per_token(config: ModelConfig, num_params: int) -> Callable[[int], float]:
+    """PaLM's count (Chowdhery et al., 2022, appendix B): 6 per parameter that multiplies, 12 L H C T for attention."""
+    unused = config.max_seq * config.dim if isinstance(config, GPT2Config) else 0
+    if isinstance(config, LlamaConfig) and not config.tied:
+        unused = config.vocab_size * config.dim
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim
+    return lambda seq: 6.0 * (num_params - unused) + attention * seq
+
+
+def _check_length(tokens: jax.Array, config: ModelConfig) -> None:
+    if tokens.shape[1] > config.max_seq:
+        raise ValueError(
+            explain(
+                "jzero.models",
+                f"sequences may have at most {config.max_seq} tokens",
+                found=[f"tokens{list(tokens.shape)}: {tokens.shape[1]} tokens per sequence"],
+                context=f"{type(config).__name__} with max_seq={config.max_seq}",
+                fix=f"Shorten the sequences, or build the model with max_seq={tokens.shape[1]}.",
+            )
+        )

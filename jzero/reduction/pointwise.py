@@ -1,0 +1,148 @@
+"""Rules of pointwise primitives: which of them a sum over examples may pass, and how ratios multiply."""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from jzero.reduction.equation import Equation, Rule, align, aligned
+from jzero.reduction.states import (
+    BACKFLOW,
+    GROWS,
+    INDEPENDENT,
+    NONLINEAR,
+    ONE,
+    QUOTIENT,
+    AnyState,
+    Constant,
+    Independent,
+    Mixing,
+    OwnIndex,
+    PerExample,
+    Sum,
+    first,
+    join,
+    same_layout,
+    snap,
+    total,
+)
+
+
+def only_per_example(states: Sequence[AnyState]) -> Independent | PerExample:
+    """The claim of a nonlinear function of `states`: each example by itself, and nothing scaled."""
+    sums, rows = first(Sum, states), [s for s in states if isinstance(s, PerExample)]
+    if sums:
+        raise Mixing(BACKFLOW if rows else NONLINEAR)
+    if any(state.ratio != ONE for state in states):
+        raise Mixing(GROWS)
+    return same_layout(rows) if rows else INDEPENDENT
+
+
+def nonlinear(eq: Equation) -> Independent | PerExample:
+    return only_per_example(aligned(eq))
+
+
+def same(eq: Equation) -> AnyState:
+    """One operand, changed in no way that matters here."""
+    return eq.ins[0]
+
+
+def linear(eq: Equation) -> AnyState:
+    return aligned(eq)[0]
+
+
+def add(eq: Equation) -> AnyState:
+    return total(aligned(eq, keep_zeros=True), eq.out)
+
+
+def product(states: Sequence[Independent | PerExample | Sum]) -> Independent | PerExample | Sum:
+    """The claim of any product of `states` that is linear in each: at most one of them is a sum."""
+    ratio = snap(math.prod((state.ratio for state in states), start=ONE))
+    rows = [state for state in states if isinstance(state, PerExample)]
+    num_sums = sum(isinstance(state, Sum) for state in states)
+    if num_sums and rows:
+        raise Mixing(BACKFLOW)
+    if num_sums > 1:
+        raise Mixing("two sums over the examples are multiplied")
+    if rows:
+        layout = same_layout(rows)
+        return PerExample(layout.dim, layout.outer, ratio)
+    return Sum(ratio) if num_sums else Independent(ratio)
+
+
+def multiply(eq: Equation) -> Independent | PerExample | Sum:
+    return product(aligned(eq))
+
+
+def divide(eq: Equation) -> Independent | PerExample | Sum:
+    if np.issubdtype(eq.out_dtypes[0], np.integer):  # rounds, so it is not linear
+        return nonlinear(eq)
+    over, under = aligned(eq)
+    if isinstance(under, Sum):
+        raise Mixing(QUOTIENT if isinstance(over, Sum) else NONLINEAR)
+    inverse = PerExample(under.dim, under.outer, 1 / under.ratio) if isinstance(under, PerExample) else Independent(1 / under.ratio)
+    return product([over, inverse])
+
+
+def select(eq: Equation) -> AnyState:
+    """`select_n(which, *cases)`: a known `which` picks; else every case must support the same claim."""
+    which, cases = eq.ins[0], eq.ins[1:]
+    if isinstance(which, Constant) and which.small == which.large:
+        return cases[int(which.small)]
+    layout = first(PerExample, eq.ins)
+    chosen = only_per_example([align(which, eq.in_shapes[0], eq.out, layout)])
+    result = join(cases, eq.out)
+    if isinstance(chosen, PerExample) and isinstance(result, PerExample):
+        same_layout([chosen, result])
+    if isinstance(chosen, PerExample) and isinstance(result, OwnIndex):
+        raise Mixing("an arange along the batch is selected by example")
+    return result
+
+
+def compare(eq: Equation) -> AnyState:
+    """An index is never negative: indexing in jax.numpy asks, and wraps it if it is."""
+    if isinstance(eq.ins[0], OwnIndex) and eq.ins[1] == Constant(0, 0):
+        return Constant(eq.name == "ge", eq.name == "ge")
+    if first(OwnIndex, eq.ins):
+        raise Mixing("places in the batch are compared")
+    return nonlinear(eq)
+
+
+def convert(eq: Equation) -> AnyState:
+    """Widening is linear, and so, but for rounding, is any conversion to floating point."""
+    source, target = eq.in_dtypes[0], eq.out_dtypes[0]
+    inexact = jnp.issubdtype(target, jnp.inexact)
+    widens = source.kind in "biu" and target.kind in "iu" and target.itemsize >= source.itemsize
+    if not (inexact or widens):
+        return nonlinear(eq)
+    return same(eq) if isinstance(eq.ins[0], OwnIndex) else linear(eq)
+
+
+def fold_in(eq: Equation) -> AnyState:
+    """A key per example, from its place: the engine makes draws differ between shards anyway."""
+    key, data = eq.ins
+    return PerExample(data.dim) if isinstance(data, OwnIndex) and key == INDEPENDENT else nonlinear(eq)
+
+
+_NONLINEAR = """
+abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp clz cos cosh digamma
+eq erf erf_inv erfc exp exp2 expm1 floor igamma igamma_grad_a igammac integer_pow is_finite le lgamma log log1p log2 logistic
+max min mulhi ne nextafter not one_minus_square or polygamma population_count pow regularized_incomplete_beta rem round rsqrt
+shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square tan tanh xor zeta
+random_clone random_gamma random_seed random_unwrap random_wrap threefry2x32 eq_to le_to lt_to
+""".split()  # `random_wrap` and `random_unwrap` only add or drop trailing dims
+
+RULES = {
+    **dict.fromkeys(_NONLINEAR, Rule(nonlinear)),
+    **dict.fromkeys(("lt", "gt", "ge"), Rule(compare, own_index=True)),
+    **dict.fromkeys(("neg", "real", "imag", "conj", "reduce_precision"), Rule(linear)),
+    **dict.fromkeys(("copy", "copy_p", "name", "stop_gradient", "device_put"), Rule(same, own_index=True)),
+    **dict.fromkeys(("sharding_constraint", "reshard", "layout_constraint"), Rule(same, own_index=True)),
+    **dict.fromkeys(("add", "add_any", "sub", "complex"), Rule(add)),
+    "mul": Rule(multiply),
+    "div": Rule(divide),
+    "select_n": Rule(select, own_index=True),
+    "convert_element_type": Rule(convert, own_index=True),
+    "random_fold_in": Rule(fold_in, own_index=True),
+}

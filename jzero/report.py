@@ -1,0 +1,113 @@
+"""The report of a sharded step: what was measured on the compiled program beside what the stage promises.
+
+A `Report` is a value made from plain data. The engine fills it in; nothing here computes or compiles.
+"""
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+Figure = Mapping[str, int | None]  # {"measured": bytes, "formula": bytes}
+WIDTH = 110
+_UNITS = (("GB", 1e9, 1e10), ("MB", 1e6, 1e6), ("kB", 1e3, 1e3))  # unit, its size, the least amount printed in it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a step costs per device, and per step where something moves. `print` it, or take `to_dict()`."""
+
+    stage: int
+    engine: str
+    mesh: Mapping[str, int]
+    bytes_at_rest: Mapping[str, Figure]  # role -> figure
+    wire_bytes: Mapping[str, Mapping[str, Figure]]  # axis -> kind of collective -> figure
+    temp_bytes: int
+    peak_bytes: int
+    leaves: Sequence[Mapping[str, Any]] = ()  # path, dtype, shape, role, spec, bytes_per_device, why
+    findings: Sequence[str] = ()
+    programs: Mapping[str, Any] = field(default_factory=dict)  # anything else worth keeping, as JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data that `json.dumps` takes."""
+        return {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
+
+    def __str__(self) -> str:
+        mesh = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items())
+        resting = [((role,), figure) for role, figure in self.bytes_at_rest.items()]
+        wires = [((axis, kind), figure) for axis, kinds in self.wire_bytes.items() for kind, figure in kinds.items()]
+        return "\n".join(
+            [
+                f"Stage {self.stage}, {self.engine} engine, mesh {mesh}. Everything is per device.",
+                "\nBytes at rest",
+                _render(_figures(("role",), resting)),
+                "Bytes on the wire, per step",
+                _render(_figures(("axis", "collective"), wires)),
+                f"Temporaries {human(self.temp_bytes)}, peak {human(self.peak_bytes)}",
+                "\nFindings" if self.findings else "\nNo findings",
+                *(textwrap.fill(line, WIDTH, initial_indent="- ", subsequent_indent="  ") for line in self.findings),
+            ]
+        )
+
+    def leaf_table(self) -> str:
+        """One row per leaf of the state: what it is, where it lives and why."""
+        table = _table("path", "leaf", "role", right=("bytes per device",), last=("spec", "why"))
+        for leaf in self.leaves:
+            array = f"{leaf.get('dtype', '')}[{','.join(map(str, leaf.get('shape', ())))}]"
+            size = human(leaf.get("bytes_per_device"))
+            cells = (leaf.get("path", ""), array, leaf.get("role", ""), size, leaf.get("spec", ""), leaf.get("why", ""))
+            table.add_row(*map(str, cells))
+        return _render(table)
+
+
+def human(num_bytes: float | None) -> str:
+    """Bytes as a person reads them, in decimal units: `1,869 MB`, `37.4 MB`, `12.3 GB`."""
+    if num_bytes is None:
+        return "-"
+    for unit, size, least in _UNITS:
+        if num_bytes >= least:
+            amount = num_bytes / size
+            return f"{amount:,.0f} {unit}" if amount >= 100 else f"{amount:.1f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def _figures(names: tuple[str, ...], rows: list[tuple[tuple[str, ...], Figure]]) -> Table:
+    """Measured beside formula, and how they compare."""
+    table = _table(*names, right=("measured", "formula", "ratio"))
+    for row, figure in rows:
+        measured, formula = figure.get("measured"), figure.get("formula")
+        ratio = f"{measured / formula:.2f}" if measured is not None and formula else "-"
+        table.add_row(*row, human(measured), human(formula), ratio)
+    return table
+
+
+def _table(*left: str, right: tuple[str, ...] = (), last: tuple[str, ...] = ()) -> Table:
+    """Columns that stay whole, then numbers, then columns that may break over lines."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for names, settings in ((left, {"no_wrap": True}), (right, {"no_wrap": True, "justify": "right"}), (last, {})):
+        for name in names:
+            table.add_column(name, overflow="fold", **settings)
+    return table
+
+
+def _render(table: Table) -> str:
+    """A table as text without colours, whatever terminal there is."""
+    console = Console(file=io.StringIO(), width=WIDTH, no_color=True, force_terminal=False, markup=False, emoji=False)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, str | bool | float | int | None):
+        return value
+    if hasattr(value, "item"):  # a numpy number
+        return value.item()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,307 @@
+"""`jzero.shard`: any train step under a ZeRO stage, in one line."""
+
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jzero import mesh as meshes
+from jzero import remat as remats
+from jzero import stages
+from jzero._errors import columns, explain
+from jzero._tree import path_name, short
+from jzero.engine import composed, opaque
+from jzero.engine.layout import Layout, Options, batch_shardings, layout
+from jzero.engine.statics import Statics, split_statics
+from jzero.report import Report
+from jzero.step import TrainStep
+
+WHO = "jzero.shard"
+
+
+class _Program:
+    """One compiled step: for one state structure and one batch shape."""
+
+    def __init__(self, layout: Layout, statics: Statics, lowered: Any, notes: list[str]):
+        self.layout, self.statics, self.lowered, self.notes = layout, statics, lowered, notes
+        self.compiled = lowered.compile()
+
+    def __call__(self, state: Any, *batch: Any) -> tuple[Any, Any]:
+        if not self.statics:
+            return self.compiled(state, *batch)
+        arrays, statics = split_statics(state)
+        if statics != self.statics:
+            raise TypeError("static leaves changed")
+        arrays, aux = self.compiled(arrays, *batch)
+        return statics.merge(arrays), aux
+
+
+class ShardedStep:
+    """A train step on a mesh. Call it as the step it was made from: `state, aux = step(state, *batch)`; it donates `state`."""
+
+    def __init__(self, fn: Callable[..., Any], options: Options):
+        self.fn = fn
+        self._options = options
+        self._programs: dict[Any, _Program] = {}
+        self._recent: dict[Any, _Program] = {}  # by batch alone: the fast way in
+
+    def __repr__(self) -> str:
+        name = getattr(self.fn, "__name__", type(self.fn).__name__)
+        return f"ShardedStep({name}, stage={self._options.stage.number}, mesh={meshes.describe(self._options.mesh)})"
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self._options.mesh
+
+    @property
+    def stage(self) -> int:
+        return self._options.stage.number
+
+    def __call__(self, state: Any, *batch: Any) -> tuple[Any, Any]:
+        program = self._recent.get(_signature(batch))
+        if program is not None:
+            try:
+                return program(state, *batch)
+            except (TypeError, ValueError):
+                fresh = self._program(state, *batch)
+                if fresh is program:
+                    raise
+                return fresh(state, *batch)
+        program = self._program(state, *batch)
+        return program(state, *batch)
+
+    def init(self, make_state: Callable[..., Any], *args: Any) -> Any:
+        """`make_state(*args)`, computed so that every leaf is born sharded and none is ever whole on a device.
+
+        Args:
+          make_state: returns the state. Traced, so it must not look at values.
+          *args: arrays and pytrees of arrays are traced; callables and Python scalars are static.
+        """
+        dynamic = [index for index, arg in enumerate(args) if not _is_static(arg)]
+
+        def make(traced: list[Any]) -> Any:
+            full = list(args)
+            for index, value in zip(dynamic, traced, strict=True):
+                full[index] = value
+            arrays, statics = split_statics(make_state(*full))
+            found[:] = [statics]
+            return jax.tree.map(_strong, arrays)
+
+        found: list[Statics] = []
+        traced = [args[index] for index in dynamic]
+        placed = self._layout(jax.eval_shape(make, traced))
+        state = jax.jit(make, out_shardings=placed.tree)(traced)
+        return found[0].merge(state)
+
+    def place(self, state: Any) -> Any:
+        """A copy of `state` on the mesh; the caller's arrays stay valid, whatever the step donates later."""
+        arrays, statics = split_statics(state)
+        arrays = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf), arrays)
+        placed = self._layout(arrays)
+        copies = [_copy(leaf, sharding) for leaf, sharding in zip(jax.tree.leaves(arrays), placed.shardings, strict=True)]
+        return statics.merge(jax.tree.unflatten(placed.treedef, copies))
+
+    def shardings(self, state: Any) -> Any:
+        """A pytree of `NamedSharding` like `state` (arrays or `ShapeDtypeStruct`s)."""
+        arrays, statics = split_statics(state)
+        return statics.merge(self._layout(arrays).tree)
+
+    def lower(self, state: Any, *batch: Any) -> jax.stages.Lowered:
+        """The step lowered for these shapes, compiled or not; works on a mesh of devices that are only described."""
+        arrays, statics = split_statics(state)
+        return self._lower(arrays, statics, batch)[1]
+
+    def report(self, state: Any, *batch: Any) -> Report:
+        """What the compiled step needs and moves, measured beside the stage's formula. Compiles if it must; runs nothing."""
+        from jzero.engine.reporting import report
+
+        return report(self, self._program(state, *batch), batch)
+
+    def _layout(self, arrays: Any) -> Layout:
+        return layout(arrays, self._options, opaque=not isinstance(self.fn, TrainStep))
+
+    def _program(self, state: Any, *batch: Any) -> _Program:
+        """The program for these arguments, checked and compiled if it is new."""
+        arrays, statics = split_statics(state)
+        key = (*_signature(arrays), statics, *_signature(batch))
+        if key not in self._programs:
+            placed, lowered, notes = self._lower(arrays, statics, batch)
+            self._programs[key] = _Program(placed, statics, lowered, notes)
+        program = self._programs[key]
+        _check_placed(arrays, program.layout, self._options)
+        self._recent[_signature(batch)] = program
+        return program
+
+    def _lower(self, arrays: Any, statics: Statics, batch: tuple[Any, ...]) -> tuple[Layout, jax.stages.Lowered, list[str]]:
+        placed, options, notes = self._layout(arrays), self._options, []
+        if isinstance(self.fn, TrainStep):
+            inner, accumulate = composed.build(self._train_step(statics), placed, options, notes), self.fn.accumulate
+        else:
+            inner, accumulate = opaque.build(_on_arrays(self.fn, statics), placed, options), 1
+        in_shardings = (placed.tree, *batch_shardings(batch, options.mesh, accumulate))
+
+        def step(state: Any, *batch: Any) -> tuple[Any, Any]:
+            state, aux = inner(state, *batch)
+            return jax.tree.map(_strong, state), aux
+
+        donate = (0,) if options.donate else ()
+        jitted = jax.jit(step, in_shardings=in_shardings, out_shardings=(placed.tree, None), donate_argnums=donate)
+        abstract = jax.tree.unflatten(placed.treedef, placed.avals)
+        return placed, jitted.lower(abstract, *batch), notes
+
+    def _train_step(self, statics: Statics) -> TrainStep:
+        """The composed step with what only sharding knows: the remat policy, and static leaves that the loss wants back."""
+        step, policy = self.fn, self._options.remat
+        if statics:
+            _, inside = split_statics(jax.tree.unflatten(statics.treedef, statics.full(None)).params)
+            step = step.with_loss(lambda loss: _given(loss, inside))
+        return step if policy is None else step.with_loss(lambda loss: remats.apply(loss, policy))
+
+
+def _given(loss: Callable[..., Any], statics: Statics) -> Callable[..., Any]:
+    @wraps(loss)
+    def with_statics(params: Any, *args: Any, **kwargs: Any) -> Any:
+        return loss(statics.merge(params), *args, **kwargs)
+
+    return with_statics
+
+
+def _on_arrays(fn: Callable[..., Any], statics: Statics) -> Callable[..., Any]:
+    """`fn` on a state without its static leaves."""
+    if not statics:
+        return fn
+
+    def on_arrays(arrays: Any, *batch: Any) -> Any:
+        out = fn(statics.merge(arrays), *batch)
+        return (split_statics(out[0])[0], *out[1:]) if isinstance(out, tuple) and out else out
+
+    return on_arrays
+
+
+def _signature(tree: Any) -> tuple[Any, ...]:
+    """Structure, shapes and dtypes, as a key."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return (treedef, *[(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else ((), type(leaf)) for leaf in leaves])
+
+
+def _strong(leaf: Any) -> Any:
+    """A leaf whose dtype is fixed: a weak one would compile the next call anew."""
+    return jax.lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else jnp.asarray(leaf)
+
+
+def _copy(leaf: Any, sharding: Any) -> jax.Array:
+    return jax.device_put(leaf, sharding, may_alias=False)
+
+
+def _is_static(arg: Any) -> bool:
+    """Callables and Python scalars; an equinox module can be called too, but has arrays in it."""
+    if arg is None or isinstance(arg, bool | int | float | complex | str):
+        return True
+    leaves = jax.tree.leaves(arg)
+    return callable(arg) and not any(hasattr(leaf, "dtype") for leaf in leaves)
+
+
+def _check_placed(arrays: Any, placed: Layout, options: Options) -> None:
+    """Every leaf that is committed to devices stands where the step wants it."""
+    rows = []
+    for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(arrays), placed.shardings, strict=True):
+        committed = isinstance(leaf, jax.Array) and getattr(leaf, "committed", False)
+        if committed and not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            rows.append([path_name(path), short(leaf), _place(leaf.sharding), f"expected {_place(sharding)}"])
+    if rows:
+        problem = f"{len(rows)} of {len(placed.shardings)} state leaves are not where this step keeps them"
+        context = f"mesh {meshes.describe(options.mesh)}; stage {options.stage.number}"
+        fix = "state = step.place(state), or make it with step.init(make_state, ...)."
+        raise ValueError(explain(WHO, problem, found=columns(rows[:20]), context=context, fix=fix))
+
+
+def _place(sharding: Any) -> str:
+    where = f"on mesh {dict(sharding.mesh.shape)}" if hasattr(sharding, "mesh") else f"on {len(sharding.device_set)} device(s)"
+    return f"{getattr(sharding, 'spec', type(sharding).__name__)} {where}"
+
+
+def shard(
+    fn: Callable[..., Any] | None = None,
+    *,
+    stage: int,
+    mesh: jax.sharding.Mesh | None = None,
+    params: Callable[[Any], Any] | None = None,
+    rules: Iterable[Any] = (),
+    remat: Any = None,
+    offload: Any = None,
+    schedule: Any = None,
+    min_shard_elements: int = 1024,
+    on_indivisible: str = "replicate",
+    donate: bool = True,
+    strict: bool = True,
+) -> Any:
+    """A train step under ZeRO stage 0, 1, 2 or 3. Nothing else changes: not the model, not the optimizer, not the loop.
+
+    With N = size of the mesh axis `data`, Psi parameters, fp32 state and Adam, per device at rest: stage 0 12 Psi bytes; from stage 1
+    on 12 Psi / N (an opaque step keeps its own parameters whole at 1 and 2). Moved per step: stages 0 and 1 one reduction of the
+    gradients, stage 1 and 2 one gather of the parameters, stage 2 and 3 a reduction per microbatch, stage 3 a gather at each use.
+
+    Args:
+      fn: `fn(state, *batch) -> (state, aux)`, or a `TrainStep` of `jzero.make_train_step`. Left out, `shard` is a decorator.
+      stage: 0 replicate; 1 shard optimizer state; 2 also gradients; 3 also parameters.
+      mesh: any mesh with Auto axes and an axis `data`; None puts all devices on `data`. An axis `replica` repeats the shards.
+      params: state -> the subtree that is the parameters, where it cannot be found.
+      rules: ordered `(regex, PartitionSpec)` or `callable(path, leaf) -> PartitionSpec | None`; the first match wins.
+      remat: "none", "full", "dots" or a jax policy, for each layer of jzero's models, or else for the loss as a whole.
+      min_shard_elements: smaller leaves stay replicated.
+      on_indivisible: "replicate" (and list) leaves that no dim of divides, or "error".
+      donate: give the old state's memory to the new one.
+      strict: what was asked for and not achieved is an error.
+
+    Returns:
+      A `ShardedStep`.
+
+    Raises:
+      ValueError, TypeError: bad arguments, a batch that does not divide, roles that cannot be decided, a state elsewhere.
+      NotImplementedError: `offload=` and `schedule=`, until they exist.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> tx = optax.adam(0.1)
+      >>> def train_step(state, x, y):
+      ...     params, opt_state = state
+      ...     loss, grads = jax.value_and_grad(lambda w: jnp.mean((x @ w - y) ** 2))(params)
+      ...     updates, opt_state = tx.update(grads, opt_state, params)
+      ...     return (optax.apply_updates(params, updates), opt_state), loss
+      >>> step = shard(train_step, stage=3)
+      >>> w = jnp.zeros((64, 32))
+      >>> state = step.place((w, tx.init(w)))
+      >>> state, loss = step(state, jnp.ones((8, 64)), jnp.ones((8, 32)))
+      >>> print(loss)
+      1.0
+
+    References:
+      Rajbhandari et al., ZeRO, 2020. Zhao et al., PyTorch FSDP, 2023. Zhang et al., MiCS, 2022 (the `replica` axis).
+    """
+    if fn is None:
+        return partial(
+            shard, stage=stage, mesh=mesh, params=params, rules=rules, remat=remat, offload=offload, schedule=schedule,
+            min_shard_elements=min_shard_elements, on_indivisible=on_indivisible, donate=donate, strict=strict,
+        )  # fmt: skip
+    row = stages.get(stage)
+    if not callable(fn):
+        raise TypeError(explain(WHO, "a step is callable", found=[f"got {type(fn).__name__}"], fix="shard(fn, stage=3) with fn(state, *batch)."))
+    _check_unbuilt(offload, schedule)
+    policy = remats.get(remat)
+    if policy is not None and not isinstance(fn, TrainStep):
+        found = [f"remat={remat!r} with a step that computes its own gradient"]
+        fix = "Apply jax.checkpoint inside the loss, or use jzero.make_train_step(loss_fn, optimizer)."
+        raise ValueError(explain(WHO, "remat= would have no effect", found=found, fix=fix))
+    mesh = meshes.make_mesh() if mesh is None else mesh
+    meshes.check_mesh(mesh)
+    options = Options(row, mesh, params, tuple(rules), policy, min_shard_elements, on_indivisible, donate, strict)
+    return ShardedStep(fn, options)
+
+
+def _check_unbuilt(offload: Any, schedule: Any) -> None:
+    asked = [f"{name}={value!r}" for name, value in (("offload", offload), ("schedule", schedule)) if value is not None]
+    if asked:
+        fix = "Leave it out: nothing would happen."
+        raise NotImplementedError(explain(WHO, "this version has no offload and no pipeline", found=asked, fix=fix))

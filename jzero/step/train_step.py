@@ -1,0 +1,204 @@
+"""`make_train_step`: what one optimizer step computes, pure and without a mesh. Where it is computed is `jzero.shard`'s affair."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jzero import _compat, precision as precisions
+from jzero._errors import explain, suggest
+from jzero.precision import PrecisionPolicy
+from jzero.step import aux as aux_values
+from jzero.step import batch as batches
+from jzero.step import gradient, params as parameters
+from jzero.step.loss import LossCall
+from jzero.step.normalise import Examples, examples_of, normaliser
+from jzero.step.state import TrainState, initial_loss_scale
+from jzero.step.update import finish, squares
+
+Reduction = Literal["auto", "global", "local"]
+REDUCTIONS = ("auto", "global", "local")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainStep:
+    """`(state, *batch) -> (state, metrics)`: gradient, accumulation, scaling, clipping and update of a loss.
+
+    On one device `jax.jit(train_step)` runs it; `jzero.shard(train_step, stage=...)` runs the same step on a mesh.
+    """
+
+    loss_fn: Callable[..., Any]
+    optimizer: optax.GradientTransformationExtraArgs
+    policy: PrecisionPolicy
+    accumulate: int
+    clip_norm: float | None
+    trainable: Any
+    skip_nonfinite: bool
+    reduction: Reduction
+    call: LossCall = field(repr=False)
+
+    def init(self, params: Any, *args: Any, rng: jax.Array | None = None, model_state: Any = None) -> TrainState:
+        """The first state. `params` is a pytree, or a function of `*args` that makes it (so that it can be made sharded).
+
+        Args:
+          rng: a typed PRNG key (`jax.random.key`), passed on to a loss that takes `rng`; key 0 if left out.
+          model_state: variables that the loss updates itself, for a loss that takes `model_state`.
+        """
+        if _is_function(params):
+            params = params(*args)
+        elif args:
+            raise TypeError(explain("TrainStep.init", "extra arguments need a function that makes the parameters", found=[f"{len(args)} extra"]))
+        params = precisions.cast(params, self.policy.param)
+        leaves, treedef = jax.tree.flatten(params)
+        mask = parameters.trainable_mask(params, self.trainable)
+        opt_state = self.optimizer.init(parameters.for_optimizer(treedef, leaves, mask))
+        opt_state = parameters.store_moments(opt_state, self.policy)
+        loss_scale = initial_loss_scale(dynamic=self.policy.scales_loss)
+        rng = jax.random.key(0) if rng is None else _typed_key(rng)
+        return TrainState(params, opt_state, jnp.zeros((), jnp.int32), rng, loss_scale, model_state)
+
+    def __call__(self, state: TrainState, *batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        batch = jax.tree.map(jnp.asarray, batch)
+        batches.check(batch, self.accumulate)
+        compute = precisions.cast(state.params, self.policy.compute)
+        leaves = jax.tree.leaves(compute)
+        mask = parameters.trainable_mask(state.params, self.trainable)
+        key = self.step_key(state)
+        rngs = partial(self.microbatch_key, key, shard=0)
+        program = self.trace(compute, microbatch_shapes(batch, self.accumulate), rngs(0), state.model_state)
+        examples = self.examples(compute, microbatch_shapes(batch, self.accumulate), rngs(0), state.model_state, needed=self.accumulate > 1)
+        weight = normaliser(program, examples, batch, num_micro=self.accumulate, num_shards=1, rngs=rngs, model_state=state.model_state)
+
+        def run_loss(diff: Sequence[Any], micro: Any, rng: Any, model_state: Any) -> Any:
+            flat = gradient.arguments(parameters.merge(diff, leaves, mask), micro, rng, model_state)
+            return gradient.unflatten(program, _compat.evaluate(program.jaxpr, flat))
+
+        sums = gradient.accumulate(
+            program, run_loss, parameters.select(leaves, mask), batch, num=self.accumulate, rngs=rngs,
+            model_state=state.model_state, seed=state.loss_scale.scale / weight.before, dtype=self.policy.accumulate,
+        )  # fmt: skip
+        grads = [grad * weight.gradient_factor(sums.weight, state.loss_scale.scale).astype(grad.dtype) for grad in sums.grads]
+        return self.finish(state, grads, squares(grads), sums, weight.total(sums.weight), program, mask)
+
+    def with_loss(self, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> "TrainStep":
+        """The same step with its loss wrapped; the wrapper must keep the loss's signature."""
+        loss_fn = change(self.loss_fn)
+        return replace(self, loss_fn=loss_fn, call=LossCall(loss_fn, has_aux=self.call.has_aux))
+
+    def trace(self, compute: Any, micro: Any, rng: Any, model_state: Any) -> gradient.LossProgram:
+        """The loss on one microbatch of these shapes, with parameters in the compute dtype."""
+        return gradient.trace_loss(self.call, compute, micro, rng, model_state)
+
+    def examples(self, compute: Any, micro: Any, rng: Any, model_state: Any, *, needed: bool) -> Examples:
+        """How the examples of a microbatch meet in the loss; without need nothing is traced and a mean is assumed."""
+        return examples_of(self.call, compute, micro, rng, model_state) if needed else Examples("mean", ())
+
+    def step_key(self, state: TrainState) -> jax.Array:
+        """The state's key folded with the step."""
+        return jax.random.fold_in(state.rng, state.step)
+
+    def microbatch_key(self, step_key: jax.Array, index: Any, *, shard: Any) -> jax.Array:
+        """The key a loss gets: the step's, folded with microbatch and shard."""
+        return jax.random.fold_in(jax.random.fold_in(step_key, index), shard)
+
+    def finish(
+        self, state: TrainState, grads: Sequence[jax.Array], leaf_squares: jax.Array, sums: gradient.Sums, weight: jax.Array,
+        program: gradient.LossProgram, mask: Sequence[bool],
+    ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
+        """The update, from gradients that are sums over everything, unscaled."""
+        averaged = [value / weight for value in sums.aux.averaged]
+        aux = aux_values.unsort(sums.aux._replace(averaged=averaged), program.aux)
+        return finish(
+            state, grads, leaf_squares=leaf_squares, loss=sums.loss / weight, weight=weight, aux=aux, model_state=sums.model_state,
+            mask=mask, optimizer=self.optimizer, policy=self.policy, clip_norm=self.clip_norm, skip_nonfinite=self.skip_nonfinite,
+        )  # fmt: skip
+
+
+def microbatch_shapes(batch: Any, num: int) -> Any:
+    """Abstract shapes of one microbatch."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        size = (leaf.shape[0] // num, *leaf.shape[1:]) if batches.is_split(leaf) else leaf.shape
+        return jax.ShapeDtypeStruct(size, leaf.dtype)
+
+    return jax.tree.map(shape, batch)
+
+
+def _is_function(params: Any) -> bool:
+    """A function that makes parameters, as opposed to a pytree that can also be called (an equinox module)."""
+    leaves = jax.tree.leaves(params)
+    return callable(params) and len(leaves) == 1 and leaves[0] is params
+
+
+def _typed_key(rng: Any) -> jax.Array:
+    return rng if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(rng)
+
+
+def make_train_step(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    precision: "str | PrecisionPolicy" = "fp32",
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    has_aux: bool = False,
+    trainable: Any = None,
+    skip_nonfinite: bool = True,
+    reduction: Reduction = "auto",
+) -> TrainStep:
+    """A train step from a loss and an optimizer: pure, mesh-free, `jax.jit(train_step)(state, batch)` just works.
+
+    Args:
+      loss_fn: `loss_fn(params, *batch[, rng][, model_state])` gives a scalar, or `jzero.weighted(sum, weight)`; with
+        `has_aux` a pair `(loss, aux)`. `rng` is passed if the loss has a parameter of that name (the state's key folded with
+        step, microbatch and shard), `model_state` likewise, and then aux is `{"model_state": new, ...}`.
+      optimizer: any optax transformation. Its update sees whole tensors in float32.
+      precision: "fp32", "bf16", "fp16" (dynamic loss scale), "bf16-pure" (stochastic rounding), or a `PrecisionPolicy`.
+      accumulate: microbatches per step. Microbatch i holds rows i, i + accumulate, ... of the batch. A mean loss is averaged over
+        microbatches and a sum added up; only `weighted` is exact when microbatches hold unequal numbers of valid elements.
+      clip_norm: largest global gradient norm, before the optimizer.
+      has_aux: the loss returns `(loss, aux)`. Aux scalars are averaged with the loss's weights, `jzero.summed(x)` is added up,
+        arrays keep their batch dim.
+      trainable: bool pytree like params, or path -> bool. Frozen leaves get no gradient and no optimizer memory.
+      skip_nonfinite: leave the state unchanged where loss or gradient is not finite or the total weight is zero.
+      reduction: on a mesh, "auto" computes shards on their own where examples provably meet only in the final mean and else keeps
+        the exact global program; "global" insists on that; "local" accepts means of shards, as DDP and DeepSpeed do.
+
+    Returns:
+      A `TrainStep`: call `.init(params)` for a `TrainState`, then `train_step(state, *batch) -> (state, metrics)` with metrics
+      `loss`, `grad_norm` (before clipping), `loss_scale`, `skipped`, `num_skipped`, `aux`, and for `jzero.check`: `step`, `weight`,
+      `nonfinite`.
+
+    Raises:
+      ValueError, TypeError: an unknown preset, `accumulate` below one, a loss that is not scalar, ...: before anything runs.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> step = make_train_step(lambda w, x, y: jnp.mean((x @ w - y) ** 2), optax.sgd(0.1))
+      >>> state = step.init(jnp.zeros(3))
+      >>> state, metrics = jax.jit(step)(state, jnp.eye(3), jnp.ones(3))
+      >>> print(round(float(metrics["loss"]), 3))
+      1.0
+    """
+    policy = precisions.get(precision)
+    who = "jzero.make_train_step"
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(explain(who, "accumulate must be a positive integer", found=[f"accumulate={accumulate!r}"], fix="accumulate=1 is one microbatch."))
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(explain(who, "clip_norm must be positive", found=[f"clip_norm={clip_norm!r}"], fix="clip_norm=None does not clip."))
+    if reduction not in REDUCTIONS:
+        raise ValueError(explain(who, f"unknown reduction={reduction!r}", context=suggest(reduction, REDUCTIONS)))
+    if policy.scales_loss and not skip_nonfinite:
+        raise ValueError(explain(who, "fp16 lives by skipping overflows", found=["skip_nonfinite=False"], fix="Use bf16, or leave skip_nonfinite=True."))
+    if not hasattr(optimizer, "update") or not hasattr(optimizer, "init"):
+        raise TypeError(explain(who, "optimizer must be an optax GradientTransformation", found=[f"got {type(optimizer).__name__}"]))
+    if not callable(loss_fn):
+        raise TypeError(explain(who, "loss_fn must be callable", found=[f"got {type(loss_fn).__name__}"]))
+    return TrainStep(
+        loss_fn, optax.with_extra_args_support(optimizer), policy, accumulate, clip_norm, trainable, skip_nonfinite, reduction,
+        LossCall(loss_fn, has_aux=has_aux),
+    )  # fmt: skip

@@ -1,0 +1,8 @@
+"""Eight CPU devices for every test, set before jax is imported anywhere."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+NUM_DEVICES_FLAG = "--xla_force_host_platform_device_count"
+if NUM_DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NUM_DEVICES_FLAG}=8".strip()

@@ -1,0 +1,106 @@
+"""GPT-2 and Llama: published sizes, scan against unrolled, causality, dtypes, the padded vocabulary."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jzero import models
+
+# openai/gpt-2 and meta-llama's model cards, counted as transformers counts them.
+PUBLISHED = {
+    "gpt2-124m": 124_439_808,
+    "gpt2-355m": 354_823_168,
+    "gpt2-774m": 774_030_080,
+    "gpt2-1.5b": 1_557_611_200,
+    "llama-1b": 1_235_814_400,
+    "llama-8b": 8_030_261_248,
+    "llama-70b": 70_553_706_496,
+    "llama-405b": 405_853_388_800,
+}
+TINY = ("gpt2-tiny", "llama-tiny")
+SMALL = {"num_layers": 2, "max_seq": 32}
+
+
+@functools.cache
+def small(name, **changes):
+    model = models.build(name, **{**SMALL, **changes})
+    model = model._replace(**{field: jax.jit(getattr(model, field)) for field in ("init", "apply", "loss", "embed", "head")})
+    return model, model.init(jax.random.key(0)), jax.random.randint(jax.random.key(1), (2, 17), 0, 256)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_count_is_the_published_one(name):
+    assert models.build(name).num_params == PUBLISHED[name]
+    assert models.build(name, padded_vocab_size=128_512).num_params == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_first_loss_is_near_the_logarithm_of_the_vocabulary(name):
+    model, params, tokens = small(name)
+    assert abs(float(model.loss(params, tokens)) - np.log(256)) < 0.15
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_scanned_equals_unrolled(name):
+    scanned, params, tokens = small(name)
+    unrolled = models.build(name, scan_layers=False, **SMALL)
+    listed = {**params, "layers": models.unstack(params["layers"])}
+    assert jax.tree.structure(listed) == jax.tree.structure(jax.eval_shape(unrolled.init, jax.random.key(0)))
+    np.testing.assert_allclose(scanned.apply(params, tokens), jax.jit(unrolled.apply)(listed, tokens), atol=1e-5)
+    grads, listed_grads = (jax.jit(jax.grad(m.loss))(p, tokens) for m, p in ((scanned, params), (unrolled, listed)))
+    listed_grads = {**listed_grads, "layers": models.stack(listed_grads["layers"])}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, listed_grads)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_later_token_changes_no_earlier_logits(name):
+    model, params, tokens = small(name)
+    changed = model.apply(params, tokens.at[:, 9].add(1)) != model.apply(params, tokens)
+    assert not changed[:, :9].any()
+    assert changed[:, 9:].any()
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_activations_follow_the_parameters(name, dtype):
+    model, params, tokens = small(name)
+    half = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    dtypes = [jax.eval_shape(fn, half, tokens).dtype for fn in (model.embed, model.apply, model.loss)]
+    assert dtypes == [dtype, dtype, jnp.float32]
+    np.testing.assert_allclose(model.loss(half, tokens), model.loss(params, tokens), rtol=5e-3)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_padding_of_the_vocabulary_never_enters_the_loss(name):
+    model, params, tokens = small(name, vocab_size=250)
+    padded, padded_params, _ = small(name, vocab_size=250, padded_vocab_size=256)
+    tables = jax.tree.map(lambda wide, leaf: wide.at[tuple(map(slice, leaf.shape))].set(leaf), padded_params, params)
+    assert padded.apply(tables, tokens).shape == (2, 17, 250)
+    np.testing.assert_allclose(padded.loss(tables, tokens % 250), model.loss(params, tokens % 250), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_embed_layer_and_head_are_the_model(name):
+    model, params, tokens = small(name)
+    x, layer_fn = model.embed(params, tokens), jax.jit(model.layer)
+    for layer in models.unstack(params["layers"]):
+        x = layer_fn(x, layer)
+    np.testing.assert_allclose(model.head(params, x), model.apply(params, tokens), atol=1e-5)
+
+
+def test_flops_per_token_is_the_stated_formula():
+    seq, config = 1024, models.PRESETS["gpt2-124m"]
+    multiplied = PUBLISHED["gpt2-124m"] - config.max_seq * config.dim
+    assert models.build(config).flops_per_token(seq) == 6 * multiplied + 12 * 12 * 768 * seq
+
+
+def test_bad_input_is_explained():
+    with pytest.raises(ValueError, match=r"Did you mean 'gpt2-124m'"):
+        models.build("gpt2-124")
+    with pytest.raises(ValueError, match=r"Did you mean 'num_layers'"):
+        models.build("gpt2-tiny", num_layer=2)
+    with pytest.raises(ValueError, match=r"at most 256 tokens"):
+        models.build("gpt2-tiny").apply({}, jax.ShapeDtypeStruct((1, 300), jnp.int32))
