@@ -78,7 +78,7 @@ def _resolve(asked: dict[str, int], num_devices: int) -> dict[str, int]:
 
 
 def _is_size(size: object) -> bool:
-    return isinstance(size, int | np.integer) and not isinstance(size, bool) and (size > 0 or size == -1)
+    return isinstance(size, int | np.integer) and not isinstance(size, bool) and bool(size > 0 or size == -1)
 
 
 def _does_not_fit(asked: dict[str, int], product: int, num_devices: int, context: str) -> str:

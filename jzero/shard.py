@@ -12,7 +12,7 @@ from jzero import remat as remats
 from jzero import stages
 from jzero._errors import columns, explain
 from jzero._tree import path_name, short
-from jzero.engine import composed, opaque
+from jzero.engine import compiler, composed, opaque
 from jzero.engine.layout import Layout, Options, batch_shardings, layout
 from jzero.engine.statics import Statics, split_statics
 from jzero.report import Report
@@ -147,7 +147,10 @@ class ShardedStep:
             return jax.tree.map(_strong, state), aux
 
         donate = (0,) if options.donate else ()
-        jitted = jax.jit(step, in_shardings=in_shardings, out_shardings=(placed.tree, None), donate_argnums=donate)
+        jitted = jax.jit(
+            step, in_shardings=in_shardings, out_shardings=(placed.tree, None), donate_argnums=donate,
+            compiler_options=compiler.options(options.mesh),
+        )  # fmt: skip
         abstract = jax.tree.unflatten(placed.treedef, placed.avals)
         return placed, jitted.lower(abstract, *batch), notes
 

@@ -97,7 +97,7 @@ def test_single_array_parameters():
     w = jnp.zeros((6, 3))
     found, owners = roles({"w": w, "m": w, "v": w})
     assert (found["params"], owners) == ({"w"}, {"m": "w", "v": "w"})
-    found, owners = roles((w, optax.adamw(1e-3).init(w)))
+    found, owners = roles((w, optax.adamw(1e-3).init(w), jnp.zeros((5, 5))))
     assert (found["params"], owners) == ({"0"}, {"1/0/mu": "0", "1/0/nu": "0"})
     assert roles(w)[0]["params"] == {""}
 
@@ -108,6 +108,8 @@ def test_parts_of_a_model_that_are_named_like_moments_stay_parameters():
         found, owners = roles(state)
         assert len(found["params"]) == len(jax.tree.leaves(state))
         assert not owners
+    one_value = {"o": {"kernel": jnp.zeros((6, 6))}, "v": {"kernel": jnp.zeros((6, 6))}, "norm": jnp.zeros(6)}
+    assert roles(one_value)[0]["params"] == {"o/kernel", "v/kernel", "norm"}
     state = {"params": ATTENTION, "m": ATTENTION}
     found, owners = roles(state)
     assert found["params"] == {f"params/{name}/kernel" for name in ATTENTION}
@@ -172,6 +174,13 @@ def test_two_models_with_an_optimizer_each():
     assert roles(state)[0]["params"] == {"g/w", "g/b", "c/w", "c/b"}
 
 
+def test_lookahead_keeps_its_slow_copy_beside_the_parameters():
+    both = optax.LookaheadParams.init_synced(SMALL)
+    found, owners = roles((both, optax.lookahead(adamw(), sync_period=2, slow_step_size=0.5).init(both)))
+    assert found["params"] == {"0/fast/w", "0/fast/b"}
+    assert owners["0/slow/w"] == "0/fast/w"
+
+
 def test_frozen_parameters_are_parameters():
     state = (W, optax.multi_transform({"on": adamw(), "off": optax.set_to_zero()}, train_head_only).init(W))
     found, owners = roles(state)
@@ -180,7 +189,7 @@ def test_frozen_parameters_are_parameters():
 
 
 def train_head_only(params):
-    return {module: jax.tree.map(lambda _: "on" if module == "head" else "off", below) for module, below in params.items()}
+    return {module: dict.fromkeys(below, "on" if module == "head" else "off") for module, below in params.items()}
 
 
 def test_all_leaves_factored():
@@ -190,10 +199,25 @@ def test_all_leaves_factored():
 
 
 def test_scalars_counters_and_tables_in_the_model():
-    model = {**SMALL, "temperature": jnp.zeros(()), "table": jnp.zeros(7, "int32"), "seen": jnp.zeros((), "int32"), "key": jax.random.key(0)}
+    model = {
+        **SMALL,
+        "temperature": jnp.zeros(()),
+        "table": jnp.zeros(7, "int32"),
+        "seen": jnp.zeros((), "int32"),
+        "key": jax.random.key(0),
+        "old_key": jax.random.PRNGKey(0),
+    }
     found, _ = roles({"params": model, "opt_state": OPTIMIZERS["sgd"]().init(model)})
     assert found["params"] == {f"params/{name}" for name in ("w", "b", "temperature", "table")}
-    assert found["other"] == {"params/seen", "params/key"}
+    assert found["other"] == {"params/seen", "params/key", "params/old_key"}
+
+
+def test_collections_beside_the_parameters():
+    variables = {"params": SMALL, "spectral": {"u": jnp.zeros((6, 1))}}
+    found, _ = roles((variables, OPTIMIZERS["sgd"]().init(SMALL)))
+    assert (found["params"], found["other"]) == ({"0/params/w", "0/params/b"}, {"0/spectral/u"})
+    found, owners = roles({"params": SMALL, "opt_state": adamw().init(SMALL), "previous": SMALL})
+    assert (found["other"], owners["previous/w"]) == ({"previous/w", "previous/b"}, "params/w")
 
 
 def test_a_trained_leaf_may_have_any_name():
@@ -216,6 +240,13 @@ def test_nnx_modules_as_they_are():
     found, owners = roles((model, nnx.Optimizer(model, adamw(), wrt=nnx.Param)))
     assert found["params"] == layouts.names("0/")
     assert owners["1/opt_state/0/mu/block_1/bias"] == "0/block_1/bias"
+
+
+def test_nnx_model_and_optimizer_in_one():
+    both = nnx.ModelAndOptimizer(layouts.NnxModel(), adamw(), wrt=nnx.Param)
+    found, owners = roles(nnx.split(both)[1])
+    assert found["params"] == layouts.names("model/")
+    assert len(owners) == 2 * len(found["params"])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

@@ -47,7 +47,7 @@ def reduction(name: str) -> Callable[[Equation], AnyState]:
     def rule(eq: Equation) -> AnyState:
         state = _claim(eq, linear=False)
         if isinstance(state, PerExample) and state.dim in eq.params[name]:
-            raise Mixing(f"`{eq.name}` over the batch dim")
+            raise Mixing("over the batch dim")
         return _without(state, eq.params[name])
 
     return rule
@@ -67,7 +67,7 @@ def along(dims: Dims, *, linear: bool = False) -> Callable[[Equation], AnyState]
     def rule(eq: Equation) -> AnyState:
         state = _claim(eq, linear=linear)
         if isinstance(state, PerExample) and state.dim in [d % eq.rank for d in dims(eq)]:
-            raise Mixing(f"`{eq.name}` along the batch dim")
+            raise Mixing("along the batch dim")
         return state
 
     return rule

@@ -45,13 +45,13 @@ class Equation(NamedTuple):
 class Rule(NamedTuple):
     """How one primitive acts on states. `varies`: parameters that may differ between the two programs.
 
-    `own_index`: the rule understands `OwnIndex`; for the others it is a position like any other.
+    `places`: the rule looks at operands that are places in the batch or depend on its size; to the others they are refused.
     `spreads`: an operand without examples may become per-example (a broadcast, a random draw), instead of a position.
     """
 
     apply: Callable[[Equation], AnyState | Sequence[AnyState]]
     varies: tuple[str, ...] = ()
-    own_index: bool = False
+    places: bool = False
     spreads: bool = False
 
 

@@ -64,6 +64,9 @@ def _evaluate(eq: Equation, function: Any) -> Constant | None:
 
 def _sum(eq: Equation) -> Constant:
     source, target = eq.in_shapes[0], eq.out
-    counts = [np.prod(a, dtype=float) / np.prod(b, dtype=float) for a, b in ((source.small, target.small), (source.large, target.large))]
+    counts = [
+        np.prod(a, dtype=float) / np.prod(b, dtype=float)
+        for a, b in ((source.small, target.small), (source.large, target.large))
+    ]
     value = eq.ins[0]
     return Constant(value.small * counts[0], value.large * counts[1])

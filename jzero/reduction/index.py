@@ -1,13 +1,13 @@
 """Rules of gathers, scatters and dynamic slices: an example may look into shared tables and into itself, not into others."""
 
-from jzero.reduction.equation import Equation, Rule, align, settled
+from collections.abc import Mapping, Sequence
+
+from jzero.reduction.equation import Equation, Rule
 from jzero.reduction.moves import whole
 from jzero.reduction.pointwise import only_per_example
 from jzero.reduction.states import (
     BACKFLOW,
     INDEPENDENT,
-    ONE,
-    PAIRS,
     POSITION,
     AnyState,
     Independent,
@@ -17,6 +17,7 @@ from jzero.reduction.states import (
     Shapes,
     Sum,
     is_zero,
+    same_layout,
     settle,
     snap,
     total,
@@ -25,23 +26,37 @@ from jzero.reduction.states import (
 OTHERS = "examples look up, or write into, other examples"
 
 
-def _outer_dims(rank: int, window_dims: tuple[int, ...]) -> list[int]:
+def _index_dims(rank: int, window_dims: Sequence[int]) -> list[int]:
     """The dims of a gather's result (or a scatter's updates) that belong to the indices, in the indices' order."""
     return [d for d in range(rank) if d not in window_dims]
 
 
-def _windows(rank: int, dropped: tuple[int, ...], window_dims: tuple[int, ...]) -> dict[int, int]:
+def _windows(rank: int, dropped: Sequence[int], window_dims: Sequence[int]) -> dict[int, int]:
     """Operand dim -> the dim of the result (or updates) that its window runs along."""
-    kept = [d for d in range(rank) if d not in dropped]
-    return dict(zip(kept, map(int, window_dims), strict=True))
+    return dict(zip((d for d in range(rank) if d not in dropped), map(int, window_dims), strict=True))
 
 
 def _indices(state: AnyState, shapes: Shapes) -> Independent | PerExample | OwnIndex:
-    if isinstance(state, OwnIndex):
-        if state.columns is None:
-            return OwnIndex(state.dim, tuple(range(shapes.small[-1])))
-        return state
-    return only_per_example([settle(state, shapes)])
+    """The indices' claim; own indices with their columns spelled out."""
+    last = len(shapes.small) - 1
+    if isinstance(state, OwnIndex) and state.columns is None:
+        state = OwnIndex(state.dim, tuple(range(shapes.small[last])))
+    elif not isinstance(state, OwnIndex):
+        state = only_per_example([settle(state, shapes)])
+    if not isinstance(state, Independent) and state.dim == last:
+        raise Mixing(OTHERS)
+    return state
+
+
+def _own_row(
+    eq: Equation, indices: PerExample | OwnIndex, dim: int, batching: Mapping[int, int], index_map: Sequence[int]
+) -> bool:
+    """Whether row i of the indices looks into row i of the operand's `dim`: a batching dim, or a column of own indices."""
+    if isinstance(indices, PerExample):
+        return batching.get(dim) == indices.dim
+    operand, table = eq.in_shapes[0], eq.in_shapes[1]
+    same_rows = operand.small[dim] == table.small[indices.dim] and operand.large[dim] == table.large[indices.dim]
+    return same_rows and [index_map[column] for column in indices.columns] == [dim]
 
 
 def gather(eq: Equation) -> AnyState:
@@ -50,25 +65,23 @@ def gather(eq: Equation) -> AnyState:
     indices = _indices(eq.ins[1], eq.in_shapes[1])
     if isinstance(indices, Independent):
         return _gather_windows(eq, operand)
-    numbers = eq.params["dimension_numbers"]
-    if indices.dim == len(eq.in_shapes[1].small) - 1:
-        raise Mixing(OTHERS)
     if isinstance(operand, Sum):
         raise Mixing(BACKFLOW)
     if isinstance(operand, PerExample):
-        batching = dict(zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True))
-        _check_own_row(eq, operand, indices, batching, numbers.start_index_map)
-    elif isinstance(indices, OwnIndex):
+        return _gather_rows(eq, operand, indices)
+    if isinstance(indices, OwnIndex):
         raise Mixing(POSITION)
-    out = _outer_dims(len(eq.out.small), numbers.offset_dims)[indices.dim]
-    return PerExample(out, operand.outer if isinstance(operand, PerExample) else indices.outer, operand.ratio)
+    return PerExample(_gathered_dim(eq, indices), indices.outer, operand.ratio)
 
 
-def _gather_windows(eq: Equation, operand: AnyState) -> AnyState:
+def _gathered_dim(eq: Equation, indices: PerExample | OwnIndex) -> int:
+    return _index_dims(len(eq.out.small), eq.params["dimension_numbers"].offset_dims)[indices.dim]
+
+
+def _gather_windows(eq: Equation, operand: Independent | PerExample | Sum) -> AnyState:
     """The same places of every example: the window must take the whole batch dim."""
-    numbers, shapes = eq.params["dimension_numbers"], eq.in_shapes[0]
-    starts = ((0,) * eq.rank,) * 2
-    whole(operand, starts, eq.both("slice_sizes"), (1,) * eq.rank, shapes)
+    numbers, zeros = eq.params["dimension_numbers"], (0,) * eq.rank
+    whole(operand, (zeros, zeros), eq.both("slice_sizes"), (1,) * eq.rank, eq.in_shapes[0])
     if not isinstance(operand, PerExample):
         return operand
     windows = _windows(eq.rank, (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims), numbers.offset_dims)
@@ -77,83 +90,68 @@ def _gather_windows(eq: Equation, operand: AnyState) -> AnyState:
     return PerExample(windows[operand.dim], operand.outer, operand.ratio)
 
 
-def _check_own_row(eq: Equation, operand: PerExample, indices: PerExample | OwnIndex, batching: dict, index_map: tuple) -> None:
-    """Row i of the indices must look into row i of the operand: by a batching dim, or by a column of own indices."""
-    if isinstance(indices, OwnIndex):
-        own = operand.dim in [index_map[c] for c in indices.columns] and indices.outer in (None, operand.outer)
-        rows = [(getattr(shapes, size)[dim]) for size in ("small", "large") for shapes, dim in (
-            (eq.in_shapes[0], operand.dim), (eq.in_shapes[1], indices.dim))]  # fmt: skip
-        aligned = own and len(indices.columns) == 1 and rows[0] == rows[1] and rows[2] == rows[3]
-    else:
-        aligned = batching.get(operand.dim) == indices.dim and indices.outer == operand.outer
-    if not aligned:
+def _gather_rows(eq: Equation, operand: PerExample, indices: PerExample | OwnIndex) -> PerExample:
+    """Every example looks into itself."""
+    numbers = eq.params["dimension_numbers"]
+    batching = dict(zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True))
+    one_row = {sizes[operand.dim] for sizes in eq.both("slice_sizes")} == {1}
+    if not one_row or indices.outer not in (None, operand.outer):
         raise Mixing(OTHERS)
+    if not _own_row(eq, indices, operand.dim, batching, numbers.start_index_map):
+        raise Mixing(OTHERS)
+    return PerExample(_gathered_dim(eq, indices), operand.outer, operand.ratio)
 
 
-def scatter(*, linear: bool, adds: bool = False):
+def scatter(eq: Equation) -> AnyState:
     """`operand.at[indices].set(updates)` and its kin. Only set and add may pass sums; only add may make them."""
-
-    def rule(eq: Equation) -> AnyState:
-        if eq.params.get("update_jaxpr") is not None and not adds:
-            raise Mixing("a scatter with a function")
-        indices = _indices(eq.ins[1], eq.in_shapes[1])
-        if isinstance(indices, Independent):
-            result = _scatter_windows(eq)
-        elif isinstance(settle(eq.ins[0], eq.in_shapes[0]), PerExample):
-            result = _scatter_rows(eq, indices)
-        elif adds and isinstance(indices, PerExample):
-            return _scatter_sum(eq, indices)
-        else:
-            raise Mixing(OTHERS)
-        return result if linear or is_zero(result) else only_per_example([settle(result, eq.out)])
-
-    return rule
+    adds = eq.name in ("scatter-add", "scatter_add", "scatter-sub", "scatter_sub")
+    if eq.name == "scatter" and eq.params.get("update_jaxpr") is not None:
+        raise Mixing("a scatter with a function of its own")
+    indices, dim = _indices(eq.ins[1], eq.in_shapes[1]), eq.in_shapes[0].batch_dim()
+    if adds and dim is None and isinstance(indices, PerExample):
+        return _scatter_sum(eq, indices)
+    result = _scatter_windows(eq, dim) if isinstance(indices, Independent) else _scatter_rows(eq, indices, dim)
+    return result if adds or eq.name == "scatter" else only_per_example([settle(result, eq.out)])
 
 
-def _update_dim(eq: Equation) -> int | None:
-    return eq.in_shapes[2].batch_dim()
-
-
-def _scatter_windows(eq: Equation) -> AnyState:
+def _scatter_windows(eq: Equation, dim: int | None) -> AnyState:
     """The same places of every example are written: the updates' batch dim must be the operand's, whole."""
-    numbers, dim = eq.params["dimension_numbers"], eq.in_shapes[0].batch_dim()
+    numbers, (operand, _, updates) = eq.params["dimension_numbers"], eq.in_shapes
     windows = _windows(eq.rank, (*numbers.inserted_window_dims, *numbers.operand_batching_dims), numbers.update_window_dims)
-    if dim is None:
-        if _update_dim(eq) is not None:
-            raise Mixing(OTHERS)
-    elif windows.get(dim) is None or windows[dim] != _update_dim(eq) or eq.in_shapes[2].small[windows[dim]] != eq.in_shapes[0].small[dim]:
+    place = None if dim is None else windows.get(dim, -1)
+    if updates.batch_dim() != place or (dim is not None and updates.small[place] != operand.small[dim]):
         raise Mixing(OTHERS)
-    return _written(eq)
+    return _written(eq, dim, None)
 
 
-def _written(eq: Equation) -> AnyState:
-    """The claim of old and new entries together, in the operand's dims."""
-    operand, updates = eq.ins[0], eq.ins[2]
-    if not is_zero(updates):
-        updates = settle(updates, eq.in_shapes[2], operand if isinstance(operand, PerExample) else None)
-    if isinstance(updates, PerExample):
-        updates = PerExample(eq.in_shapes[0].batch_dim(), updates.outer, updates.ratio)
-    return total([operand, updates], eq.in_shapes[0])
-
-
-def _scatter_rows(eq: Equation, indices: PerExample | OwnIndex) -> AnyState:
+def _scatter_rows(eq: Equation, indices: PerExample | OwnIndex, dim: int | None) -> AnyState:
     """Every example writes into itself."""
     numbers = eq.params["dimension_numbers"]
-    operand = settle(eq.ins[0], eq.in_shapes[0], indices if isinstance(indices, PerExample) else None)
     batching = dict(zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True))
-    if isinstance(indices, PerExample):
-        operand = PerExample(operand.dim, indices.outer, operand.ratio) if operand.dim in batching else operand
-    _check_own_row(eq, operand, indices, batching, numbers.scatter_dims_to_operand_dims)
-    if _update_dim(eq) != _outer_dims(len(eq.in_shapes[2].small), numbers.update_window_dims)[indices.dim]:
+    if dim is None or dim not in (*numbers.inserted_window_dims, *batching):
         raise Mixing(OTHERS)
-    return _written(eq)
+    place = _index_dims(len(eq.in_shapes[2].small), numbers.update_window_dims)[indices.dim]
+    if eq.in_shapes[2].batch_dim() != place or not _own_row(eq, indices, dim, batching, numbers.scatter_dims_to_operand_dims):
+        raise Mixing(OTHERS)
+    return _written(eq, dim, indices.outer)
+
+
+def _written(eq: Equation, dim: int | None, outer: int | None) -> AnyState:
+    """The claim of old and new entries together, in the operand's dims. `outer`: the layout that the indices have."""
+    old, new = ((eq.ins[i], eq.in_shapes[i]) for i in (0, 2))
+    known = [PerExample(dim, outer)] if outer is not None else []
+    claims = known + [PerExample(dim, s.outer) for s, _ in (old, new) if isinstance(s, PerExample)]
+    layout = same_layout(claims) if claims else PerExample(-1)
+    states = [old[0] if is_zero(old[0]) else settle(*old, layout)]
+    update = new[0] if is_zero(new[0]) else settle(*new)
+    states.append(PerExample(dim, layout.outer, update.ratio) if isinstance(update, PerExample) else update)
+    return total(states, eq.out)
 
 
 def _scatter_sum(eq: Equation, indices: PerExample) -> AnyState:
     """Examples add into a shared array: a sum over them (a histogram, the gradient of a lookup)."""
-    numbers = eq.params["dimension_numbers"]
-    updates = settle(eq.ins[2], eq.in_shapes[2], indices)
-    place = _outer_dims(len(eq.in_shapes[2].small), numbers.update_window_dims)[indices.dim]
+    place = _index_dims(len(eq.in_shapes[2].small), eq.params["dimension_numbers"].update_window_dims)[indices.dim]
+    updates = settle(eq.ins[2], eq.in_shapes[2], PerExample(place, indices.outer))
     if updates != PerExample(place, indices.outer, updates.ratio):
         raise Mixing(OTHERS)
     return total([eq.ins[0], Sum(snap(updates.ratio * eq.out.factor))], eq.out)
@@ -161,23 +159,31 @@ def _scatter_sum(eq: Equation, indices: PerExample) -> AnyState:
 
 def dynamic_slice(eq: Equation) -> AnyState:
     """A start on the batch dim is clamped to 0 when the window takes all of it."""
-    operand = settle(eq.ins[0], eq.in_shapes[0])
     _plain_starts(eq, 1)
-    return whole(operand, ((0,) * eq.rank,) * 2, eq.both("slice_sizes"), (1,) * eq.rank, eq.in_shapes[0])
+    operand, zeros = settle(eq.ins[0], eq.in_shapes[0]), (0,) * eq.rank
+    return whole(operand, (zeros, zeros), eq.both("slice_sizes"), (1,) * eq.rank, eq.in_shapes[0])
 
 
 def dynamic_update_slice(eq: Equation) -> AnyState:
-    operand, update = eq.in_shapes[:2]
     _plain_starts(eq, 2)
-    if operand.batch_dim() != update.batch_dim():
-        raise Mixing(OTHERS)
+    operand, update = eq.in_shapes[:2]
     dim = operand.batch_dim()
-    if dim is not None and operand.small[dim] != update.small[dim]:
+    if dim != update.batch_dim() or (dim is not None and operand.small[dim] != update.small[dim]):
         raise Mixing(OTHERS)
     return total(eq.ins[:2], operand)
 
 
-def _plain_starts(eq: Equation, first_start: int) -> None:
-    starts = zip(eq.ins[first_start:], eq.in_shapes[first_start:], strict=True)
+def _plain_starts(eq: Equation, position: int) -> None:
+    starts = zip(eq.ins[position:], eq.in_shapes[position:], strict=True)
     if only_per_example([settle(state, shapes) for state, shapes in starts]) != INDEPENDENT:
         raise Mixing(OTHERS)
+
+
+_SCATTERS = ("scatter", "scatter-add", "scatter_add", "scatter-sub", "scatter_sub", "scatter_mul", "scatter_min", "scatter_max")
+
+RULES = {
+    "gather": Rule(gather, varies=("slice_sizes",), places=True),
+    **dict.fromkeys((*_SCATTERS, "scatter-mul", "scatter-min", "scatter-max"), Rule(scatter, places=True)),
+    "dynamic_slice": Rule(dynamic_slice, varies=("slice_sizes",)),
+    "dynamic_update_slice": Rule(dynamic_update_slice),
+}

@@ -185,14 +185,14 @@ def tile(eq: Equation) -> AnyState:
 
 
 RULES = {
-    "transpose": Rule(transpose, own_index=True),
-    "broadcast_in_dim": Rule(broadcast, varies=("shape",), own_index=True, spreads=True),
-    "squeeze": Rule(squeeze, own_index=True),
-    "reshape": Rule(reshape, varies=("new_sizes",), own_index=True),
+    "transpose": Rule(transpose, places=True),
+    "broadcast_in_dim": Rule(broadcast, varies=("shape",), places=True, spreads=True),
+    "squeeze": Rule(squeeze, places=True),
+    "reshape": Rule(reshape, varies=("new_sizes",), places=True),
     "iota": Rule(iota, varies=("shape",), spreads=True),
     "slice": Rule(slice_, varies=("start_indices", "limit_indices")),
     "pad": Rule(pad),
-    "concatenate": Rule(concatenate, own_index=True),
+    "concatenate": Rule(concatenate, places=True),
     "stack": Rule(stack),
     "unstack": Rule(unstack),
     "tile": Rule(tile, varies=("reps",), spreads=True),

@@ -81,7 +81,9 @@ def divide(eq: Equation) -> Independent | PerExample | Sum:
     over, under = aligned(eq)
     if isinstance(under, Sum):
         raise Mixing(QUOTIENT if isinstance(over, Sum) else NONLINEAR)
-    inverse = PerExample(under.dim, under.outer, 1 / under.ratio) if isinstance(under, PerExample) else Independent(1 / under.ratio)
+    inverse = (
+        PerExample(under.dim, under.outer, 1 / under.ratio) if isinstance(under, PerExample) else Independent(1 / under.ratio)
+    )
     return product([over, inverse])
 
 
@@ -112,11 +114,10 @@ def compare(eq: Equation) -> AnyState:
 def convert(eq: Equation) -> AnyState:
     """Widening is linear, and so, but for rounding, is any conversion to floating point."""
     source, target = eq.in_dtypes[0], eq.out_dtypes[0]
-    inexact = jnp.issubdtype(target, jnp.inexact)
-    widens = source.kind in "biu" and target.kind in "iu" and target.itemsize >= source.itemsize
-    if not (inexact or widens):
-        return nonlinear(eq)
-    return same(eq) if isinstance(eq.ins[0], OwnIndex) else linear(eq)
+    if isinstance(eq.ins[0], OwnIndex):
+        holds = target.kind in "iu" and jnp.iinfo(target).max >= eq.out.large[eq.ins[0].dim]
+        return eq.ins[0] if holds else nonlinear(eq)
+    return linear(eq) if jnp.issubdtype(target, jnp.inexact) or np.can_cast(source, target) else nonlinear(eq)
 
 
 def fold_in(eq: Equation) -> AnyState:
@@ -135,14 +136,14 @@ random_clone random_gamma random_seed random_unwrap random_wrap threefry2x32 eq_
 
 RULES = {
     **dict.fromkeys(_NONLINEAR, Rule(nonlinear)),
-    **dict.fromkeys(("lt", "gt", "ge"), Rule(compare, own_index=True)),
+    **dict.fromkeys(("lt", "gt", "ge"), Rule(compare, places=True)),
     **dict.fromkeys(("neg", "real", "imag", "conj", "reduce_precision"), Rule(linear)),
-    **dict.fromkeys(("copy", "copy_p", "name", "stop_gradient", "device_put"), Rule(same, own_index=True)),
-    **dict.fromkeys(("sharding_constraint", "reshard", "layout_constraint"), Rule(same, own_index=True)),
+    **dict.fromkeys(("copy", "copy_p", "name", "stop_gradient", "device_put"), Rule(same, places=True)),
+    **dict.fromkeys(("sharding_constraint", "reshard", "layout_constraint"), Rule(same, places=True)),
     **dict.fromkeys(("add", "add_any", "sub", "complex"), Rule(add)),
     "mul": Rule(multiply),
     "div": Rule(divide),
-    "select_n": Rule(select, own_index=True),
-    "convert_element_type": Rule(convert, own_index=True),
-    "random_fold_in": Rule(fold_in, own_index=True),
+    "select_n": Rule(select, places=True),
+    "convert_element_type": Rule(convert, places=True),
+    "random_fold_in": Rule(fold_in, places=True),
 }

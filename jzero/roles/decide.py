@@ -61,5 +61,5 @@ def _leaves(found: Sequence[Entry], relative: Relative) -> tuple[Leaf, ...]:
 
 
 def _is_moment(entry: Entry, *, known: bool) -> bool:
-    """A leaf that mirrors a parameter outside known optimizer state: by its name, or no optimizer is known and it is no copy."""
+    """Of a leaf that mirrors a parameter outside known optimizer state: its name says so, or no optimizer is known."""
     return any(map(names.is_opt, entry.parts)) or not (known or any(map(names.is_copy, entry.parts)))

@@ -58,7 +58,8 @@ def _is_typed(node: Any) -> bool:
 
 
 def _is_optimizer_state(node: Any) -> bool:
-    return type(node).__module__.partition(".")[0] in OPTIMIZER_PACKAGES
+    kind = type(node)
+    return kind.__module__.partition(".")[0] in OPTIMIZER_PACKAGES and not kind.__name__.endswith("Params")  # LookaheadParams
 
 
 def _expand(prefix: Parts, node: Any) -> list[tuple[Entry, Any]]:

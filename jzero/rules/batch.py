@@ -24,6 +24,7 @@ def batch_spec(leaf: Any, mesh: Mesh, path: str = "") -> PartitionSpec:
       ValueError: dim 0 is not a multiple of the batch axes' size. `check_batch` says it for a whole batch at once.
 
     Example:
+      >>> import jax
       >>> from jzero.mesh import make_mesh
       >>> batch_spec(jax.ShapeDtypeStruct((16, 128), "int32"), make_mesh(data=8))
       P('data',)

@@ -1,6 +1,5 @@
 """`rules=`: the user's own specs by path pattern or callable. First match wins; every mistake is found before anything runs."""
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +24,14 @@ class Override(NamedTuple):
     rule: str  # as reports print it
 
 
+class Asked(NamedTuple):
+    """One rule, checked."""
+
+    name: str
+    pattern: re.Pattern[str] | None
+    ask: Callable[[str, Leaf], PartitionSpec | None]
+
+
 def overrides(leaves: Sequence[Leaf], rules: Iterable[Rule], mesh: Mesh) -> dict[int, Override]:
     """The first matching rule's word on each leaf that rules apply to: parameters and leaves that mirror none."""
     asked = [_parse(rule) for rule in rules]
@@ -32,7 +39,7 @@ def overrides(leaves: Sequence[Leaf], rules: Iterable[Rule], mesh: Mesh) -> dict
     _check_matches(asked, targets, leaves)
     found: dict[int, tuple[str, PartitionSpec]] = {}
     for i, leaf in targets:
-        answers = ((name, spec) for name, _, ask in asked if (spec := ask(leaf.path, leaf)) is not None)
+        answers = ((rule.name, spec) for rule in asked if (spec := rule.ask(leaf.path, leaf)) is not None)
         answer = next(answers, None)
         if answer is not None:
             found[i] = answer
@@ -40,10 +47,9 @@ def overrides(leaves: Sequence[Leaf], rules: Iterable[Rule], mesh: Mesh) -> dict
     return {i: _override(leaves[i], name, spec, mesh) for i, (name, spec) in found.items()}
 
 
-def _parse(rule: Rule) -> tuple[str, re.Pattern[str] | None, Callable[[str, Leaf], PartitionSpec | None]]:
-    """Name, pattern and the question itself."""
-    if callable(rule) and not isinstance(rule, PartitionSpec):
-        return getattr(rule, "__name__", repr(rule)), None, rule
+def _parse(rule: Rule) -> Asked:
+    if callable(rule):
+        return Asked(getattr(rule, "__name__", repr(rule)), None, rule)
     if not (isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[0], str)):
         raise TypeError(_bad_rule(rule, "a rule is a pair (pattern, PartitionSpec) or a callable(path, leaf)"))
     pattern, spec = rule
@@ -53,49 +59,40 @@ def _parse(rule: Rule) -> tuple[str, re.Pattern[str] | None, Callable[[str, Leaf
         compiled = re.compile(pattern)
     except re.error as error:
         raise ValueError(_bad_rule(rule, f"the pattern is no regular expression: {error}")) from error
-    return repr(pattern), compiled, lambda path, leaf: spec if compiled.search(path) else None
+    return Asked(repr(pattern), compiled, lambda path, leaf: spec if compiled.search(path) else None)
 
 
 def _bad_rule(rule: object, problem: str) -> str:
-    fix = (
-        'Write rules=[(r"attn/kernel", PartitionSpec(None, "tensor"))]; patterns are searched in paths like layers/attn/kernel.'
-    )
+    fix = 'Write rules=[(r"attn/kernel", PartitionSpec(None, "tensor"))]; paths look like layers/attn/kernel.'
     return explain("jzero.shard", f"rules=: {problem}", found=[repr(rule)], fix=fix)
 
 
-def _check_matches(asked: Sequence[tuple], targets: Sequence[tuple[int, Leaf]], leaves: Sequence[Leaf]) -> None:
-    lost = [
-        (name, pattern) for name, pattern, _ in asked if pattern and not any(pattern.search(leaf.path) for _, leaf in targets)
-    ]
+def _check_matches(asked: Sequence[Asked], targets: Sequence[tuple[int, Leaf]], leaves: Sequence[Leaf]) -> None:
+    """A pattern that nothing matches is a slip: raise and show the paths."""
+    paths = [leaf.path for _, leaf in targets]
+    lost = [rule for rule in asked if rule.pattern and not any(map(rule.pattern.search, paths))]
     if not lost:
         return
-    rows = [[name, _only_mirrors(pattern, leaves) or suggest("", [])[:0] or "matches no leaf"] for name, pattern in lost]
-    paths = [leaf.path for _, leaf in targets]
+    rows = [[rule.name, _why_lost(rule, leaves)] for rule in lost]
     shown = ", ".join(paths[:12]) + (f", ... ({len(paths)} in all)" if len(paths) > 12 else "")
     problem = f"rules=: {len(lost)} of {len(asked)} patterns match nothing"
     fix = "Correct the pattern, or remove the rule. Optimizer leaves follow the parameter that they mirror and need no rule."
     raise ValueError(explain("jzero.shard", problem, found=columns(rows), context=f"paths: {shown}", fix=fix))
 
 
-def _only_mirrors(pattern: re.Pattern[str], leaves: Sequence[Leaf]) -> str:
-    hit = next((leaf for leaf in leaves if pattern.search(leaf.path)), None)
-    return (
-        ""
-        if hit is None or hit.owner is None
-        else f"matches only leaves that follow a parameter ({hit.path} follows {leaves[hit.owner].path})"
-    )
+def _why_lost(rule: Asked, leaves: Sequence[Leaf]) -> str:
+    hit = next((leaf for leaf in leaves if rule.pattern and rule.pattern.search(leaf.path)), None)
+    if hit is None or hit.owner is None:
+        return "matches no leaf"
+    return f"matches only leaves that follow a parameter ({hit.path} follows {leaves[hit.owner].path})"
 
 
 def _check_specs(found: Sequence[tuple[Leaf, str, PartitionSpec]], mesh: Mesh) -> None:
-    rows = [
-        [leaf.path, short(leaf), f"rule {name}: {spec}", wrong]
-        for leaf, name, spec in found
-        if (wrong := _wrong(leaf, spec, mesh))
-    ]
+    """Raise for all specs that their leaves or the mesh cannot take."""
+    checked = [(leaf, name, spec, _wrong(leaf, spec, mesh)) for leaf, name, spec in found]
+    rows = [[leaf.path, short(leaf), f"rule {name}: {spec}", wrong] for leaf, name, spec, wrong in checked if wrong]
     if rows:
-        fix = (
-            "Give a spec with at most one entry for each dim, of axes that the mesh has, each once, whose sizes divide the dim."
-        )
+        fix = "Give a spec with at most one entry for each dim: axes of the mesh, each once, whose sizes divide the dim."
         problem = f"rules=: {len(rows)} leaves cannot take the spec that a rule gives them"
         raise ValueError(explain("jzero.shard", problem, found=columns(rows), context=f"mesh {describe(mesh)}", fix=fix))
 
@@ -106,23 +103,15 @@ def _wrong(leaf: Leaf, spec: object, mesh: Mesh) -> str:
         return f"a {type(spec).__name__} is no PartitionSpec"
     if len(spec) > len(leaf.shape):
         return f"{len(spec)} entries for {len(leaf.shape)} dims"
-    if any(
-        not isinstance(axis, str)
-        for entry in spec
-        for axis in (entry if isinstance(entry, tuple) else (entry,))
-        if entry is not None
-    ):
-        return "entries are axis names, tuples of them, or None"
     entries = _entries(spec)
     axes = [axis for entry in entries for axis in entry]
+    if not all(isinstance(axis, str) for axis in axes):
+        return "entries are axis names, tuples of them, or None"
     known = dict.fromkeys([*mesh.axis_names, *MESH_AXES])
     unknown = [f"unknown axis {axis!r}. {suggest(axis, known)}" for axis in axes if axis not in known]
     twice = [f"axis {axis!r} appears {count} times" for axis, count in Counter(axes).items() if count > 1]
-    uneven = [
-        f"dim {dim} has size {size}, not a multiple of {axis_size(mesh, entry)}"
-        for dim, (size, entry) in enumerate(zip(leaf.shape, entries, strict=False))
-        if size % axis_size(mesh, entry)
-    ]
+    sizes = [(dim, size, axis_size(mesh, entry)) for dim, (size, entry) in enumerate(zip(leaf.shape, entries, strict=False))]
+    uneven = [f"dim {dim} has size {size}, not a multiple of {parts}" for dim, size, parts in sizes if size % parts]
     return "; ".join(unknown or twice or uneven)
 
 
@@ -140,7 +129,3 @@ def to_spec(entries: Entries) -> PartitionSpec:
     """Entries as the shortest equal PartitionSpec: single names unwrapped, trailing Nones dropped."""
     last = max((dim + 1 for dim, entry in enumerate(entries) if entry), default=0)
     return PartitionSpec(*(None if not entry else entry[0] if len(entry) == 1 else entry for entry in entries[:last]))
-
-
-def local_size(size: int, entry: tuple[str, ...], mesh: Mesh) -> int:
-    return size // math.prod(mesh.shape[axis] for axis in entry)

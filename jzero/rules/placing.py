@@ -20,7 +20,7 @@ class Choice(NamedTuple):
 
     entries: Entries
     why: str
-    indivisible: bool = False
+    indivisible: tuple[int, ...] = ()  # the dims that could be sharded if `data` divided one of them
 
 
 def place(
@@ -68,9 +68,8 @@ def place(
         for i, leaf in enumerate(leaves)
     ]
     placed = [_placed(i, leaves, choices, asked, shard_roles) for i in range(len(leaves))]
-    bad = [i for i in range(len(leaves)) if placed[i].indivisible]
-    if bad and on_indivisible == "error":
-        raise ValueError(_indivisible([leaves[i] for i in bad], leaves, bad, layer_dims, mesh, min_shard_elements))
+    if on_indivisible == "error" and any(choice.indivisible for choice in placed):
+        raise ValueError(_indivisible(placed, leaves, mesh, min_shard_elements))
     return tuple(Placement(leaf, to_spec(choice.entries), choice.why) for leaf, choice in zip(leaves, placed, strict=True))
 
 
@@ -95,27 +94,32 @@ def _choose(leaf: Leaf, asked: Override | None, mesh: Mesh, layer_dim: int | Non
         return Choice(entries, f"{said}{num_elements(leaf)} elements, under min_shard_elements={min_shard_elements}")
     dim = _largest(leaf.shape, entries, num_shards, layer_dim)
     if dim is None:
-        return Choice(
-            entries, f"{said}no dim of {short(leaf)} {_free(entries, layer_dim)}is a multiple of {num_shards}", indivisible=True
-        )
+        left = _left(leaf.shape, entries, layer_dim)
+        return Choice(entries, f"{said}{_why_none(leaf, left, num_shards)}", tuple(left))
     sharded = (*entries[:dim], (AXIS,), *entries[dim + 1 :])
     return Choice(sharded, f"{said}dim {dim} of size {leaf.shape[dim]} over '{AXIS}' ({num_shards})")
 
 
-def _free(entries: Entries, layer_dim: int | None) -> str:
-    limits = ["beside the layer dim"] * (layer_dim is not None) + ["that the rule leaves free"] * any(entries)
-    return " ".join([*limits, ""])
+def _why_none(leaf: Leaf, left: Sequence[int], num_shards: int) -> str:
+    dims = f"no dim of {short(leaf)}" if len(left) == len(leaf.shape) else f"of {short(leaf)} only dims {left} are free: none"
+    return f"{dims} is a multiple of {num_shards}" if left else f"no dim of {short(leaf)} is free"
 
 
 def _largest(shape: tuple[int, ...], entries: Entries, num_shards: int, layer_dim: int | None) -> int | None:
     """The dim to shard, or None."""
-    fits = [dim for dim in _eligible(shape, entries, layer_dim) if shape[dim] % num_shards == 0]
+    fits = [dim for dim in _left(shape, entries, layer_dim) if shape[dim] % num_shards == 0]
     late = [dim for dim in fits if dim > 0 or len(shape) < 3] or fits
     return max(late, key=lambda dim: (shape[dim], dim), default=None)
 
 
-def _eligible(shape: tuple[int, ...], entries: Entries, layer_dim: int | None) -> list[int]:
+def _left(shape: tuple[int, ...], entries: Entries, layer_dim: int | None) -> list[int]:
+    """The dims that may be sharded: not the layer dim, none that a rule shards, none that is empty."""
     return [dim for dim, size in enumerate(shape) if not entries[dim] and dim != layer_dim and size > 0]
+
+
+def _source(i: int, leaf: Leaf) -> int:
+    """The leaf whose placement leaf `i` takes: the parameter that it mirrors, or itself."""
+    return i if leaf.owner is None else leaf.owner
 
 
 def _placed(
@@ -123,7 +127,7 @@ def _placed(
 ) -> Choice:
     """The final word on leaf `i`: its own or its owner's choice, without `data` where its role is not sharded."""
     leaf = leaves[i]
-    source = i if leaf.owner is None else leaf.owner
+    source = _source(i, leaf)
     choice = choices[source]
     assert choice is not None, f"leaf {source} owns another leaf and must own itself"
     role = leaves[source].role if leaf.role == "other" else leaf.role
@@ -136,34 +140,19 @@ def _placed(
     return Choice(without, f"{said}{role} is not sharded over '{AXIS}' here")
 
 
-def _indivisible(
-    bad: Sequence[Leaf],
-    leaves: Sequence[Leaf],
-    indices: Sequence[int],
-    layer_dims: Sequence[int | None],
-    mesh: Mesh,
-    least: int,
-) -> str:
+def _indivisible(placed: Sequence[Choice], leaves: Sequence[Leaf], mesh: Mesh, least: int) -> str:
     """Every leaf that cannot be split, and the sizes that could."""
     num_shards = axis_size(mesh, AXIS)
-    rows, pads = [], []
-    for i, leaf in zip(indices, bad, strict=True):
-        if leaf.owner not in (None, i):
-            rows.append([leaf.path, short(leaf), "same"])
-            continue
-        sizes = [(leaf.shape[dim], dim) for dim in _eligible(leaf.shape, ((),) * len(leaf.shape), layer_dims[i])]
-        rows.append(
-            [
-                leaf.path,
-                short(leaf),
-                ", ".join(f"dim {dim} has size {size}" for size, dim in sorted(sizes, key=lambda x: x[1]))
-                + f": no multiple of {num_shards}",
-            ]
-        )
-        if sizes:
-            size, dim = max(sizes)
-            pads.append(f"dim {dim} of {leaf.path} to {-(-size // num_shards) * num_shards}")
-    problem = f"{len(bad)} of {len(leaves)} leaves cannot be split over axis '{AXIS}' (size {num_shards})"
+    rows: list[list[str]] = []
+    pads: dict[int, str] = {}  # one for each parameter, whose mirrors have the same shape
+    for i, (leaf, choice) in enumerate(zip(leaves, placed, strict=True)):
+        if choice.indivisible:
+            sizes = ", ".join(f"dim {dim} has size {leaf.shape[dim]}" for dim in choice.indivisible)
+            wrong = "same" if _source(i, leaf) in pads else f"{sizes}: no multiple of {num_shards}"
+            rows.append([leaf.path, short(leaf), wrong])
+            size, dim = max((leaf.shape[dim], dim) for dim in choice.indivisible)
+            pads.setdefault(_source(i, leaf), f"dim {dim} of {leaf.path} to {-(-size // num_shards) * num_shards}")
+    problem = f"{len(rows)} of {len(leaves)} leaves cannot be split over axis '{AXIS}' (size {num_shards})"
     context = f"mesh {describe(mesh)}; rule largest_dim(min_shard_elements={least})"
-    fix = f"Pad {', '.join(pads) or 'a dim'}; name another spec in rules=, or allow replication with on_indivisible='replicate'"
+    fix = f"Pad {', '.join(pads.values())}; give another spec in rules=, or allow replication with on_indivisible='replicate'"
     return explain("jzero.shard", problem, found=columns(rows), context=context, fix=fix)

@@ -1,0 +1,72 @@
+"""The figures of a finished bench as plain data: what `--json` writes and table and picture show."""
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jzero.bench.contenders import Trial
+from jzero.bench.peak import Peak
+from jzero.bench.setup import Setup
+from jzero.bench.training import milliseconds, versions
+from jzero.models import FLOPS_FORMULA
+from jzero.models.layers import choose_attention
+from jzero.precision import get as get_precision
+
+
+def results(setup: Setup, trials: Sequence[Trial], peak: Peak, *, simulated: bool, words: Sequence[str]) -> dict[str, Any]:
+    """One dict for JSON: `{"runs": [...], "device", "versions", "command"}` and what all runs share."""
+    return {
+        "runs": [_run(setup, trial, peak) for trial in trials],
+        "device": device_name(setup, simulated=simulated),
+        "versions": versions(),
+        "command": shlex.join(["python", "-m", "jzero.bench", *words]),
+        "shared": _shared(setup, peak, simulated=simulated),
+    }
+
+
+def device_name(setup: Setup, *, simulated: bool) -> str:
+    """`8 x NVIDIA H100 80GB HBM3`, or that the devices are simulated."""
+    kind = "simulated CPU device" if simulated else setup.mesh.devices.flat[0].device_kind
+    return f"{setup.num_devices} x {kind}" if setup.num_devices > 1 else kind
+
+
+def _run(setup: Setup, trial: Trial, peak: Peak) -> dict[str, Any]:
+    step_time = milliseconds(trial.seconds)
+    rate = setup.batch * setup.seq / setup.num_devices / (step_time["median"] / 1e3)
+    return {
+        "model": setup.options.model,
+        "stage": trial.stage,
+        "mesh": dict(setup.mesh.shape),
+        "precision": setup.precision,
+        "loss_first": trial.losses[0],
+        "loss_last": trial.losses[-1],
+        "step_time_ms": step_time,
+        "tokens_per_s_per_device": rate,
+        "mfu": rate * setup.model.flops_per_token(setup.seq) / peak.flops,
+        "flops_formula": FLOPS_FORMULA,
+        **trial.costs,
+        "losses": trial.losses,
+    }
+
+
+def _shared(setup: Setup, peak: Peak, *, simulated: bool) -> dict[str, Any]:
+    options = setup.options
+    return {
+        "num_params": setup.model.num_params,
+        "vocab_rows": setup.model.config.padded_vocab_size,
+        "batch": setup.batch,
+        "seq": setup.seq,
+        "accumulate": options.accumulate,
+        "remat": options.remat,
+        "steps": options.steps,
+        "seed": options.seed,
+        "optimizer": f"adamw, learning rate {options.learning_rate:g} after a linear warmup",
+        "data": options.data or "Python's documentation (pydoc_data.topics)",
+        "attention": choose_attention(get_precision(setup.precision).compute),
+        "peak_flops_per_device": peak.flops,
+        "peak_source": peak.source,
+        "simulated": simulated,
+        "num_processes": jax.process_count(),
+    }

@@ -1,0 +1,15 @@
+"""Compiler settings that a correct program needs, back end by back end. None is a tuning."""
+
+from jax.sharding import Mesh
+
+
+def options(mesh: Mesh) -> dict[str, bool]:
+    """Settings for compiling a step on this mesh.
+
+    On several simulated CPU devices collectives must run in program order: JAX gives all of a `shard_map`'s collectives one
+    channel id, XLA:CPU finds the participants of a collective by that id, and its concurrent scheduler may start two
+    independent gathers at once. They then exchange each other's data, or corrupt the heap (seen on jax 0.11.2, docs/log.md).
+    """
+    if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
+        return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    return {}

@@ -1,0 +1,116 @@
+"""Whether the examples of a batch meet only in one final sum, so that a gradient may be computed shard by shard.
+
+    verdict = analyze(loss, args, batch_dims)
+    is_mean(verdict.outputs[0])     # the mean of the shards' losses is the loss, and so for gradients
+    is_sum(verdict.outputs[0])      # ... their sum
+    print(explain_mixed(verdict))   # else: where the examples meet, and in what
+
+The function is traced at two batch sizes and both programs are walked in lockstep. A dim that differs between them is the
+batch's; a literal that differs tells a mean's divisor from a weight. Only shapes are looked at. What is not known to keep
+the examples apart is `Mixed`: a wrong guess in that direction costs speed, in the other the meaning of the loss.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jzero.reduction.programs import DIFFERENT, Context, DifferentPrograms, enlarged, trace
+from jzero.reduction.states import (
+    INDEPENDENT as INDEPENDENT,
+    AnyState,
+    Independent as Independent,
+    Mixed as Mixed,
+    Mixing,
+    PerExample as PerExample,
+    Shapes,
+    State as State,
+    Sum as Sum,
+    settle,
+)
+from jzero.reduction.walk import walk
+
+
+class Verdict(NamedTuple):
+    """The state of every output, and one line of text for every place where examples meet."""
+
+    outputs: tuple[State, ...]
+    findings: tuple[str, ...]
+
+
+def analyze(
+    fn: Callable[..., Sequence[Any]], args: Sequence[Any], batch_dims: Sequence[int | None], *, factor: int = 2
+) -> Verdict:
+    """Follow the examples through `fn(*args)`, a function of flat arrays to a flat list of arrays.
+
+    Args:
+      fn: any traceable function. It is traced at the batch size of `args` and at `factor` times that.
+      args: shapes and dtypes (`ShapeDtypeStruct` or arrays); none is computed with.
+      batch_dims: per arg the dim that holds examples, or None (parameters, keys, model state).
+      factor: how many shards the larger batch has. With `args` at one shard's size and `factor` the number of shards, the
+        verdict is about exactly the two programs that will be compared (a size of one is judged as two would be); otherwise it
+        assumes that a divisor which doubles with the batch goes on doing so.
+
+    Returns:
+      A `Verdict`. `Sum.ratio` is `factor` for a sum and 1 for a mean. Random draws shaped by the batch count as per-example.
+
+    Not followed, and so mixed: loops over the batch that carry something, shard_map, pallas and foreign calls, callbacks
+    that return values, mutable references, batches merged with other dims in an order that no reshape undoes.
+    """
+    small = trace(fn, args)
+    try:
+        large = trace(fn, enlarged(args, batch_dims, factor))
+    except Exception as error:  # whatever the user's code raises at a batch size that it was not written for
+        first_line = str(error).partition("\n")[0]
+        return _nothing_known(f"the loss cannot be traced at {factor} times the batch size: {first_line}", "", small)
+    context = Context(
+        math.gcd(*(arg.shape[dim] for arg, dim in zip(args, batch_dims, strict=True) if dim is not None)) or 1, factor
+    )
+    try:
+        return _verdict(small, large, batch_dims, context)
+    except DifferentPrograms as difference:
+        if context.batch > 1:
+            return _nothing_known(DIFFERENT, str(difference), small)
+    # jax.numpy takes other paths for dims of size one, so a local batch of one is judged as two would be
+    return analyze(fn, enlarged(args, batch_dims, 2), batch_dims, factor=factor)
+
+
+def _verdict(small: Any, large: Any, batch_dims: Sequence[int | None], context: Context) -> Verdict:
+    ins = [INDEPENDENT if dim is None else PerExample(dim) for dim in batch_dims]
+    states = walk(small, large, ins, context)
+    shapes = [context.shapes(a, b) for a, b in zip(small.outvars, large.outvars, strict=True)]
+    outputs = tuple(map(_public, states, shapes))
+    return Verdict(outputs, tuple(dict.fromkeys(f"{s.where}: {s.reason}" for s in outputs if isinstance(s, Mixed))))
+
+
+def _nothing_known(reason: str, where: str, small: Any) -> Verdict:
+    mixed = Mixed(reason, where or "an unknown line")
+    return Verdict((mixed,) * len(small.outvars), (f"{mixed.where}: {reason}",))
+
+
+def _public(state: AnyState, shapes: Shapes) -> State:
+    """The four states that callers know."""
+    try:
+        state = state if isinstance(state, Mixed) else settle(state, shapes)
+    except Mixing as mixing:
+        return Mixed(str(mixing), "the output")
+    if isinstance(state, Independent):
+        return state if state == INDEPENDENT else Sum(state.ratio)
+    if isinstance(state, PerExample) and state != PerExample(state.dim):
+        return Mixed("a per-example output is scaled by the batch size, or its examples are not contiguous", "the output")
+    return state
+
+
+def is_mean(state: State) -> bool:
+    """Whether the mean of the shards' values is the value for the whole batch."""
+    return state == INDEPENDENT or state == Sum(1)
+
+
+def is_sum(state: State, *, factor: int = 2) -> bool:
+    """Whether the sum of the shards' values is the value for the whole batch. `factor`: as given to `analyze`."""
+    return state == Sum(factor)
+
+
+def explain_mixed(verdict: Verdict, names: Sequence[str] = ()) -> str:
+    """One line per mixed output: its name, where the examples meet, and in what. Empty if none is."""
+    named = zip(names or [f"output {i}" for i in range(len(verdict.outputs))], verdict.outputs, strict=True)
+    return "\n".join(f"{name}: examples meet at {s.where}: {s.reason}" for name, s in named if isinstance(s, Mixed))
