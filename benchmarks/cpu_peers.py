@@ -2,9 +2,9 @@
 
     python benchmarks/cpu_peers.py [--peer-python PYTHON] [--out FILE.json]
 
-Two processes (torch) or two devices (jzero), fp32. The peers get an environment of their own from the extra `peers`, made with
-`--peer-python` where torch has no CPU build for this Python. All run with the same allocator settings, in turns, `--rounds` times;
-the first steps of each are not timed. Exits with 1 if losses differ by more than 1e-3.
+Two processes (torch) or two devices (jzero), fp32. The peers get an environment of their own from the extra `peers`, made by
+`--peer-python`, for torch may have no CPU build for this Python. All run with the same allocator settings, in turns,
+`--rounds` times; the first steps of each are not timed. Exits with 1 if losses differ by more than 1e-3.
 """
 
 import argparse
@@ -165,8 +165,9 @@ def markdown(found):
         spread = f"{times['median']:.2f} [{times['min']:.2f}..{times['max']:.2f}]"
         rows.append(f"| {NAMES[kind]} | {spread} | {one['cpu_s']:.2f} | {one['losses'][0]:.4f} | {one['losses'][-1]:.4f} |")
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    ratio = f"jzero to the faster peer: {found['ratio_to_faster_peer']:.2f}. Largest loss difference: {found['largest_loss_difference']:.1e}."
-    return "\n".join([*rows, "", ratio, f"{found['machine']}; {re.sub(r'[+]cpu', '', versions)}."])
+    ratio, apart = found["ratio_to_faster_peer"], found["largest_loss_difference"]
+    result = f"jzero to the faster peer: {ratio:.2f}. Largest loss difference: {apart:.1e}."
+    return "\n".join([*rows, "", result, f"{found['machine']}; {re.sub(r'[+]cpu', '', versions)}."])
 
 
 if __name__ == "__main__":

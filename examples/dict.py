@@ -12,7 +12,6 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  
 from itertools import islice
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import jzero

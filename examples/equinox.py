@@ -1,4 +1,4 @@
-"""equinox: a module that is a pytree, and the one line. jzero splits off the leaves that are not arrays, as `eqx.partition` does.
+"""equinox: a module that is a pytree, and the one line. Leaves that are no arrays are split off, as `eqx.partition` does.
 
     python examples/equinox.py
 

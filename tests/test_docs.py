@@ -54,4 +54,5 @@ def test_links_lead_somewhere(document):
 @pytest.mark.parametrize("module", MODULES)
 def test_docstring_examples(module):
     results = doctest.testmod(importlib.import_module(module), optionflags=LENIENT)
-    assert results.attempted and not results.failed, f"{results.failed} examples of {module} failed, see above"
+    assert results.attempted, f"{module} has a >>> that is no example"
+    assert not results.failed, f"{results.failed} examples of {module} failed, see above"

@@ -19,7 +19,8 @@ example = runpy.run_path(sys.argv[1])
 step, state, window = example["step"], example["state"], example["window"]
 
 compiled = []
-jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None)
+listen = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+jax.monitoring.register_event_duration_secs_listener(listen)
 arrays = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
 buffers = lambda tree: {shard.data.unsafe_buffer_pointer() for leaf in arrays(tree) for shard in leaf.addressable_shards}
 

@@ -3,7 +3,7 @@
 from jax.sharding import Mesh
 
 
-def options(mesh: Mesh) -> dict[str, bool]:
+def options(mesh: Mesh) -> dict[str, str]:
     """Settings for compiling a step on this mesh.
 
     On several simulated CPU devices collectives must run in program order: JAX gives all of a `shard_map`'s collectives one
@@ -11,5 +11,5 @@ def options(mesh: Mesh) -> dict[str, bool]:
     independent gathers at once. They then exchange each other's data, or corrupt the heap (seen on jax 0.11.2, docs/log.md).
     """
     if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
-        return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+        return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     return {}

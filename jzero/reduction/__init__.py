@@ -17,15 +17,27 @@ from typing import Any, NamedTuple
 from jzero.reduction.programs import DIFFERENT, Context, DifferentPrograms, enlarged, trace
 from jzero.reduction.states import (
     INDEPENDENT as INDEPENDENT,
+)
+from jzero.reduction.states import (
     AnyState,
-    Independent as Independent,
-    Mixed as Mixed,
     Mixing,
-    PerExample as PerExample,
     Shapes,
-    State as State,
-    Sum as Sum,
     settle,
+)
+from jzero.reduction.states import (
+    Independent as Independent,
+)
+from jzero.reduction.states import (
+    Mixed as Mixed,
+)
+from jzero.reduction.states import (
+    PerExample as PerExample,
+)
+from jzero.reduction.states import (
+    State as State,
+)
+from jzero.reduction.states import (
+    Sum as Sum,
 )
 from jzero.reduction.walk import walk
 

@@ -7,6 +7,7 @@ from jzero.reduction.states import (
     BACKFLOW,
     PAIRS,
     AnyState,
+    Claim,
     Constant,
     Independent,
     Mixing,
@@ -14,7 +15,6 @@ from jzero.reduction.states import (
     Shapes,
     Sum,
     first,
-    is_zero,
     settle,
     spread,
 )
@@ -55,28 +55,27 @@ class Rule(NamedTuple):
     spreads: bool = False
 
 
-def align(state: AnyState, source: Shapes, target: Shapes, layout: PerExample | None) -> Independent | PerExample | Sum:
+def align(state: AnyState, source: Shapes, target: Shapes, layout: PerExample | None) -> Claim:
     """The state after numpy's broadcast of `source` to `target`, which pointwise primitives do by themselves."""
     if isinstance(state, Constant):
         return settle(state, target, layout)
-    state = settle(state, source, layout)
-    if isinstance(state, Independent):
-        return spread(state, target, layout)
-    if isinstance(state, PerExample) and target.varying() != (state.dim,):
+    claim = settle(state, source, layout)
+    if isinstance(claim, Independent):
+        return spread(claim, target, layout)
+    if isinstance(claim, PerExample) and target.varying() != (claim.dim,):
         raise Mixing(PAIRS)
-    if isinstance(state, Sum) and target.varying():
+    if isinstance(claim, Sum) and target.varying():
         raise Mixing(BACKFLOW)
-    return state
+    return claim
 
 
-def aligned(eq: Equation, *, keep_zeros: bool = False) -> list[AnyState]:
+def aligned(eq: Equation) -> list[Claim]:
     """All operands broadcast to the shape of the result."""
     layout = first(PerExample, eq.ins)
-    pairs = zip(eq.ins, eq.in_shapes, strict=True)
-    return [s if keep_zeros and is_zero(s) else align(s, shapes, eq.out, layout) for s, shapes in pairs]
+    return [align(state, shapes, eq.out, layout) for state, shapes in zip(eq.ins, eq.in_shapes, strict=True)]
 
 
-def settled(eq: Equation) -> list[Independent | PerExample | Sum]:
+def settled(eq: Equation) -> list[Claim]:
     """All operands with constants turned into claims."""
     layout = first(PerExample, eq.ins)
     return [settle(state, shapes, layout) for state, shapes in zip(eq.ins, eq.in_shapes, strict=True)]

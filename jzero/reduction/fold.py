@@ -23,8 +23,26 @@ FUNCTIONS = {
 
 # A uniform array stays uniform, with the same entry, whatever these do to its shape.
 REARRANGE = frozenset(
-    "broadcast_in_dim copy copy_p dynamic_slice expand_dims reduce_and reduce_max reduce_min reduce_or reshape rev slice split "
-    "squeeze stop_gradient tile transpose unstack".split()
+    [
+        "broadcast_in_dim",
+        "copy",
+        "copy_p",
+        "dynamic_slice",
+        "expand_dims",
+        "reduce_and",
+        "reduce_max",
+        "reduce_min",
+        "reduce_or",
+        "reshape",
+        "rev",
+        "slice",
+        "split",
+        "squeeze",
+        "stop_gradient",
+        "tile",
+        "transpose",
+        "unstack",
+    ]
 )
 SAME = frozenset(("concatenate", "stack"))  # ... and these if all operands are the same
 

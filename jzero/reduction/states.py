@@ -38,7 +38,7 @@ class Independent:
 
 @dataclass(frozen=True, slots=True)
 class PerExample:
-    """Example i owns entry i of `dim`, or block i of a dim that was merged. `outer` > 1: the batch is the minor factor of the merge."""
+    """Example i owns entry i of `dim`, or block i of a merged one. `outer` > 1: the batch is not the merge's major factor."""
 
     dim: int
     outer: int = 1
@@ -64,8 +64,8 @@ class Mixed:
 class Constant:
     """Internal: every entry is one known number, `small` in the first program and `large` in the second."""
 
-    small: complex
-    large: complex
+    small: float
+    large: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,7 @@ class Sized:
 
 State = Independent | PerExample | Sum | Mixed
 AnyState = State | Constant | OwnIndex | Sized
+Claim = Independent | PerExample | Sum
 INDEPENDENT = Independent()
 
 
@@ -146,9 +147,9 @@ def constant_ratio(constant: Constant) -> Fraction:
     return snap(Fraction(large) / Fraction(small))
 
 
-def settle(state: AnyState, shapes: Shapes, layout: PerExample | None = None) -> Independent | PerExample | Sum:
+def settle(state: AnyState, shapes: Shapes, layout: PerExample | None = None) -> Claim:
     """A constant as the claim it satisfies. Being uniform it fits any `layout` of the batch dim."""
-    if isinstance(state, Sized | OwnIndex):
+    if isinstance(state, Sized | OwnIndex | Mixed):
         raise Mixing(POSITION)
     if not isinstance(state, Constant):
         return state
@@ -180,22 +181,28 @@ def join(states: Sequence[AnyState], shapes: Shapes) -> AnyState:
     if all(state == states[0] for state in states):
         return states[0]
     layout = first(PerExample, states)
-    claims = [settle(state, shapes, layout) for state in states if not is_zero(state)]
+    return _agree([settle(state, shapes, layout) for state in states if not is_zero(state)])
+
+
+def _agree(claims: Sequence[Claim]) -> Claim:
+    """The one claim that all `claims` imply: what is the same in every shard is also its own mean."""
     if all(claim == claims[0] for claim in claims):
         return claims[0]
-    if layout and not all(isinstance(claim, PerExample) for claim in claims):
+    rows = [claim for claim in claims if isinstance(claim, PerExample)]
+    if rows and len(rows) < len(claims):
         raise Mixing(BACKFLOW)
-    if layout:
-        same_layout(claims)
+    if rows:
+        same_layout(rows)
     if len({claim.ratio for claim in claims}) > 1:
         raise Mixing(INHOMOGENEOUS)
     return Sum(claims[0].ratio)
 
 
-def total(states: Sequence[AnyState], shapes: Shapes) -> AnyState:
+def total(states: Sequence[AnyState], shapes: Shapes) -> Claim | Constant:
     """The claim of the sum of `states`. Unlike in `join`, two equal constants do not make that constant."""
     layout = first(PerExample, states)
-    return join([s if is_zero(s) or isinstance(s, Mixed) else settle(s, shapes, layout) for s in states], shapes)
+    claims = [settle(state, shapes, layout) for state in states if not is_zero(state)]
+    return _agree(claims) if claims else Constant(0, 0)
 
 
 def upper_bound(states: Sequence[AnyState], shapes: Shapes, where: str) -> AnyState:
