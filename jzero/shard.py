@@ -11,9 +11,9 @@ from jzero import mesh as meshes
 from jzero import remat as remats
 from jzero import stages
 from jzero._errors import columns, explain
-from jzero._tree import path_name, short
-from jzero.engine import compiler, composed, opaque
-from jzero.engine.layout import Layout, Options, batch_shardings, layout
+from jzero._tree import leaves_with_path, short
+from jzero.engine import compiler, composed, opaque, reporting
+from jzero.engine.layout import Layout, Options, Trace, batch_shardings, layout
 from jzero.engine.statics import Statics, split_statics
 from jzero.report import Report
 from jzero.step import TrainStep
@@ -24,8 +24,8 @@ WHO = "jzero.shard"
 class _Program:
     """One compiled step: for one state structure and one batch shape."""
 
-    def __init__(self, layout: Layout, statics: Statics, lowered: Any, notes: list[str]):
-        self.layout, self.statics, self.lowered, self.notes = layout, statics, lowered, notes
+    def __init__(self, layout: Layout, statics: Statics, lowered: Any, trace: Trace):
+        self.layout, self.statics, self.lowered, self.trace = layout, statics, lowered, trace
         self.compiled = lowered.compile()
 
     def __call__(self, state: Any, *batch: Any) -> tuple[Any, Any]:
@@ -115,9 +115,8 @@ class ShardedStep:
 
     def report(self, state: Any, *batch: Any) -> Report:
         """What the compiled step needs and moves, measured beside the stage's formula. Compiles if it must; runs nothing."""
-        from jzero.engine.reporting import report
-
-        return report(self, self._program(state, *batch), batch)
+        program = self._program(state, *batch)
+        return reporting.report(self.fn, program.layout, self._options, program.trace, program.compiled, batch)
 
     def _layout(self, arrays: Any) -> Layout:
         return layout(arrays, self._options, opaque=not isinstance(self.fn, TrainStep))
@@ -127,19 +126,19 @@ class ShardedStep:
         arrays, statics = split_statics(state)
         key = (*_signature(arrays), statics, *_signature(batch))
         if key not in self._programs:
-            placed, lowered, notes = self._lower(arrays, statics, batch)
-            self._programs[key] = _Program(placed, statics, lowered, notes)
+            placed, lowered, trace = self._lower(arrays, statics, batch)
+            self._programs[key] = _Program(placed, statics, lowered, trace)
         program = self._programs[key]
         _check_placed(arrays, program.layout, self._options)
         self._recent[_signature(batch)] = program
         return program
 
-    def _lower(self, arrays: Any, statics: Statics, batch: tuple[Any, ...]) -> tuple[Layout, jax.stages.Lowered, list[str]]:
-        placed, options, notes = self._layout(arrays), self._options, []
+    def _lower(self, arrays: Any, statics: Statics, batch: tuple[Any, ...]) -> tuple[Layout, jax.stages.Lowered, Trace]:
+        placed, options, traces = self._layout(arrays), self._options, []
         if isinstance(self.fn, TrainStep):
-            inner, accumulate = composed.build(self._train_step(statics), placed, options, notes), self.fn.accumulate
+            inner, accumulate = composed.build(self._train_step(statics), placed, options, traces), self.fn.accumulate
         else:
-            inner, accumulate = opaque.build(_on_arrays(self.fn, statics), placed, options), 1
+            inner, accumulate = opaque.build(_on_arrays(self.fn, statics), placed, options, traces), 1
         in_shardings = (placed.tree, *batch_shardings(batch, options.mesh, accumulate))
 
         def step(state: Any, *batch: Any) -> tuple[Any, Any]:
@@ -152,7 +151,7 @@ class ShardedStep:
             compiler_options=compiler.options(options.mesh),
         )  # fmt: skip
         abstract = jax.tree.unflatten(placed.treedef, placed.avals)
-        return placed, jitted.lower(abstract, *batch), notes
+        return placed, jitted.lower(abstract, *batch), traces[0]
 
     def _train_step(self, statics: Statics) -> TrainStep:
         """The composed step with what only sharding knows: the remat policy, and static leaves that the loss wants back."""
@@ -209,10 +208,10 @@ def _is_static(arg: Any) -> bool:
 def _check_placed(arrays: Any, placed: Layout, options: Options) -> None:
     """Every leaf that is committed to devices stands where the step wants it."""
     rows = []
-    for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(arrays), placed.shardings, strict=True):
+    for (path, leaf), sharding in zip(leaves_with_path(arrays), placed.shardings, strict=True):
         committed = isinstance(leaf, jax.Array) and getattr(leaf, "committed", False)
         if committed and not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
-            rows.append([path_name(path), short(leaf), _place(leaf.sharding), f"expected {_place(sharding)}"])
+            rows.append([path, short(leaf), _place(leaf.sharding), f"expected {_place(sharding)}"])
     if rows:
         problem = f"{len(rows)} of {len(placed.shardings)} state leaves are not where this step keeps them"
         context = f"mesh {meshes.describe(options.mesh)}; stage {options.stage.number}"

@@ -62,7 +62,8 @@ def load(model, weights):
 
 
 def adamw(model, spec):
-    return torch.optim.AdamW(model.parameters(), lr=spec["learning_rate"], weight_decay=spec["weight_decay"], eps=1e-8)
+    options = {"lr": spec["learning_rate"], "weight_decay": spec["weight_decay"], "eps": 1e-8}
+    return torch.optim.AdamW(model.parameters(), **options, fused=True)  # the fastest of torch's three on CPU
 
 
 def fsdp2(model, spec):
@@ -93,6 +94,7 @@ def deepspeed_stage_3(model, spec):
         "train_micro_batch_size_per_gpu": spec["batch"] // dist.get_world_size(),
         "zero_optimization": {"stage": 3},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # DeepSpeed 0.19 clips at 1.0 unless told not to
         "steps_per_print": 10**9,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model, spec), config=config)

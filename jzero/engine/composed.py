@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jzero import precision as precisions
 from jzero._tree import is_key
 from jzero.comm import Auto, Comm, Manual
-from jzero.engine.layout import Layout, Options, batch_shardings, check_same_state
+from jzero.engine.layout import Layout, Options, Trace, batch_shardings, check_same_state
 from jzero.engine.scalars import add_up
 from jzero.gather import Fact, differentiable
 from jzero.gather.composed import Parts
@@ -88,15 +88,15 @@ class Holding:
         return self.comm.reduce(grad, split, self.reduce_once_dtype) if split and self.reduce == "step" else grad
 
 
-def build(step: TrainStep, layout: Layout, options: Options, notes: list[str]) -> Callable[..., Any]:
-    """The step for a mesh, to be jitted under the layout's shardings. What it decides on the way goes to `notes`."""
+def build(step: TrainStep, layout: Layout, options: Options, traces: list[Trace]) -> Callable[..., Any]:
+    """The step for a mesh, to be jitted under the layout's shardings. What it finds out on the way goes to `traces`."""
 
     def sharded(state: Any, *batch: Any) -> tuple[Any, Any]:
         batch = jax.tree.map(jnp.asarray, batch)
         batch_shardings(batch, options.mesh, step.accumulate)
         gradients = Gradients(step, layout, options, state, batch)
-        notes[:] = gradients.notes
         state_out, metrics = gradients.finish()
+        traces[:] = [gradients.trace]
         check_same_state(state, state_out)
         return state_out, metrics
 
@@ -117,13 +117,13 @@ class Gradients:
         self.key = step.step_key(state)
         self.examples = self._examine()
         self.manual = step.reduction == "local" or (step.reduction == "auto" and self.examples.kind != "mixed")
-        self.notes = [] if self.manual and self.examples.kind != "mixed" else list(self.examples.findings)
+        self.trace = Trace(self.manual, list(self.examples.findings))
 
     def _examine(self) -> Examples:
         shards = self.num_shards if self.step.reduction != "global" else 1
-        micro = microbatch_shapes(self.batch, self.step.accumulate * shards)
-        needed = self.step.accumulate * self.num_shards > 1
-        return self.step.examples(self._params(self.leaves), micro, self.key, self.state.model_state, needed=needed)
+        num_parts = self.step.accumulate * shards
+        micro = microbatch_shapes(self.batch, num_parts)
+        return self.step.examples(self._params(self.leaves), micro, self.key, self.state.model_state, num_parts=num_parts)
 
     def _params(self, leaves: Sequence[Any]) -> Any:
         return jax.tree.unflatten(self.treedef, leaves)
@@ -169,6 +169,7 @@ class Gradients:
         held = holding.at_start(leaves)
         others = len(gradient.arguments([], micro, rngs(0), model_state))
         facts = rooted((*holding.facts(), *(None,) * others))
+        self.trace.jaxpr, self.trace.facts = program.jaxpr, facts
 
         def run_loss(diff: Sequence[Any], micro: Any, rng: Any, model_state: Any) -> Any:
             flat = gradient.arguments(holding.arguments(held, diff), micro, rng, model_state)
@@ -223,6 +224,7 @@ class Gradients:
         num_data, num_replicas = axis_size(self.mesh, AXIS), self.num_shards // axis_size(self.mesh, AXIS)
         copies = jnp.array([num_replicas if split else num_replicas * num_data for split in splits], jnp.float32)
         parts = (sums.loss, sums.weight, sums.aux.averaged, sums.aux.summed, squares(grads) / copies)
+        self.trace.num_scalars = sum(leaf.size for leaf in jax.tree.leaves(parts))
         loss, weight, averaged, summed, leaf_squares = add_up(parts, self.batch_axes)
         aux = sums.aux._replace(averaged=averaged, summed=summed)
         model_state = sums.model_state if self.examples.kind != "mixed" else self._averaged(sums.model_state)

@@ -1,6 +1,6 @@
 """Where a step's state lives: every leaf's role, spec and sharding, decided once from shapes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jzero import roles, rules as placing
 from jzero._errors import explain
-from jzero._tree import path_name, short
+from jzero._tree import leaves_with_path, short
 from jzero._types import Placement
 from jzero.rules.batch import check_batch
 from jzero.stages import Stage
@@ -54,6 +54,17 @@ class Layout:
         return (*spec, *(None,) * (ndim - len(spec)))
 
 
+@dataclass
+class Trace:
+    """What tracing a step found out, for the report."""
+
+    manual: bool = False
+    findings: list[str] = field(default_factory=list)
+    jaxpr: Any = None  # the loss on one microbatch of one shard, or the whole opaque step
+    facts: Any = ()
+    num_scalars: int = 0  # in the all-reduce that ends the gradient
+
+
 def layout(state: Any, options: Options, *, opaque: bool) -> Layout:
     """Roles, then rules, for an abstract or concrete state."""
     leaves, treedef = jax.tree.flatten(state)
@@ -85,9 +96,9 @@ def check_same_state(before: Any, after: Any) -> None:
         found = [f"in:  {jax.tree.structure(before)}", f"out: {jax.tree.structure(after)}"]
         fix = "Return (state, aux) with a state of the structure that came in."
         raise TypeError(explain("jzero.shard", "the step returns a state of another structure", found=found, fix=fix))
-    rows = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    rows = zip(leaves_with_path(before), jax.tree.leaves(after), strict=True)
     wrong = [(path, old, new) for (path, old), new in rows if (old.shape, old.dtype) != (new.shape, new.dtype)]
     if wrong:
-        found = [f"{path_name(path)}   in {short(old)}, out {short(new)}" for path, old, new in wrong]
+        found = [f"{path}   in {short(old)}, out {short(new)}" for path, old, new in wrong]
         fix = "Cast the leaf back inside the step, or make it with the dtype it ends with."
         raise TypeError(explain("jzero.shard", f"the step changes {len(wrong)} leaves of its state", found=found, fix=fix))

@@ -8,7 +8,7 @@ import jax
 from jzero import _compat
 from jzero._errors import explain
 from jzero.comm import Auto
-from jzero.engine.layout import Layout, Options, check_same_state
+from jzero.engine.layout import Layout, Options, Trace, check_same_state
 from jzero.gather import Fact, constrained
 from jzero.gather.facts import Reading
 
@@ -25,13 +25,9 @@ def facts_of(layout: Layout) -> list[Fact | None]:
     return facts if any(fact and fact.is_split for fact in facts) else [None] * len(facts)
 
 
-def reading_of(options: Options, *, opaque: bool) -> Reading:
-    return Reading(opaque, dict(options.mesh.shape))
-
-
-def build(fn: Callable[..., Any], layout: Layout, options: Options) -> Callable[..., Any]:
+def build(fn: Callable[..., Any], layout: Layout, options: Options, traces: list[Trace]) -> Callable[..., Any]:
     """`fn` with a sharding constraint at each use of a sharded leaf, to be jitted under the layout's shardings."""
-    reading, comm = reading_of(options, opaque=True), Auto(options.mesh)
+    reading, comm = Reading(True, dict(options.mesh.shape)), Auto(options.mesh)
     facts = facts_of(layout)
 
     def sharded(state: Any, *batch: Any) -> tuple[Any, Any]:
@@ -39,7 +35,8 @@ def build(fn: Callable[..., Any], layout: Layout, options: Options) -> Callable[
         _check_result(state, shapes)
         _check_effects(jaxpr, options)
         leaves = jax.tree.leaves(batch)
-        out = constrained(jaxpr, [*facts, *[None] * len(leaves)], [*jax.tree.leaves(state), *leaves], reading=reading, comm=comm)
+        traces[:] = [Trace(jaxpr=jaxpr, facts=(*facts, *[None] * len(leaves)))]
+        out = constrained(jaxpr, traces[0].facts, [*jax.tree.leaves(state), *leaves], reading=reading, comm=comm)
         return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
     return sharded

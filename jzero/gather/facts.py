@@ -48,7 +48,7 @@ class Use(NamedTuple):
     eqn: Any
     operand: int
     trips: int  # how often a step of the surrounding program runs it
-    depth: int  # loops around it
+    level: tuple[int, ...]  # the loops around it, by identity
     in_remat: bool
 
 
@@ -128,17 +128,20 @@ class Reading:
         divides = all(size % self.num_shards(entry) == 0 for size, entry in zip(sizes, split, strict=True))
         return fact._replace(split=split) if divides else None
 
-    def uses(self, jaxpr: Any, facts: Facts, *, trips: int = 1, depth: int = 0, in_remat: bool = False) -> Iterator[Use]:
+    def uses(
+        self, jaxpr: Any, facts: Facts, *, trips: int = 1, level: tuple[int, ...] = (), in_remat: bool = False
+    ) -> Iterator[Use]:  # fmt: skip
         """Every use of every parameter, loops and nested programs included."""
         for eqn, inputs, transfer in self.walk(jaxpr, facts, {}):
             for operand, (fact, enters) in enumerate(zip(inputs, transfer.entering, strict=True)):
                 if fact is not None and enters is None and fact.is_param:
-                    yield Use(fact.leaf, eqn, operand, trips, depth, in_remat)
+                    yield Use(fact.leaf, eqn, operand, trips, level, in_remat)
             if any(transfer.entering) and transfer.kind in _BODIES:
-                rounds, deeper = (eqn.params.get("length", 1), 1) if transfer.kind in ("scan", "while") else (1, 0)
+                rounds = eqn.params.get("length", 1)
+                inner = (*level, id(eqn)) if transfer.kind in ("scan", "while", "cond") else level
                 for body, entering in _BODIES[transfer.kind](eqn, transfer.entering):
                     remat = in_remat or transfer.kind == "remat"
-                    yield from self.uses(body, entering, trips=trips * rounds, depth=depth + deeper, in_remat=remat)
+                    yield from self.uses(body, entering, trips=trips * rounds, level=inner, in_remat=remat)
 
     def count_uses(self, jaxpr: Any, facts: Facts) -> dict[int, int]:
         """Uses per root at this level: nested calls and remat regions belong to it, loop bodies are levels of their own."""

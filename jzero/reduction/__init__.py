@@ -3,7 +3,7 @@
     verdict = analyze(loss, args, batch_dims)
     is_mean(verdict.outputs[0])     # the mean of the shards' losses is the loss, and so for gradients
     is_sum(verdict.outputs[0])      # ... their sum
-    print(explain_mixed(verdict))   # else: where the examples meet, and in what
+    explain_mixed(verdict.outputs[0])  # else: where the examples meet, and in what
 
 The function is traced at two batch sizes and both programs are walked in lockstep. A dim that differs between them is the
 batch's; a literal that differs tells a mean's divisor from a weight. Only shapes are looked at. What is not known to keep
@@ -12,33 +12,18 @@ the examples apart is `Mixed`: a wrong guess in that direction costs speed, in t
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
+from jzero.reduction.control import STEPS
 from jzero.reduction.programs import DIFFERENT, Context, DifferentPrograms, enlarged, trace
-from jzero.reduction.states import (
-    INDEPENDENT as INDEPENDENT,
-)
-from jzero.reduction.states import (
-    AnyState,
-    Mixing,
-    Shapes,
-    settle,
-)
-from jzero.reduction.states import (
-    Independent as Independent,
-)
-from jzero.reduction.states import (
-    Mixed as Mixed,
-)
-from jzero.reduction.states import (
-    PerExample as PerExample,
-)
-from jzero.reduction.states import (
-    State as State,
-)
-from jzero.reduction.states import (
-    Sum as Sum,
-)
+from jzero.reduction.states import INDEPENDENT as INDEPENDENT
+from jzero.reduction.states import ONE, AnyState, Mixing, Shapes, settle
+from jzero.reduction.states import Independent as Independent
+from jzero.reduction.states import Mixed as Mixed
+from jzero.reduction.states import PerExample as PerExample
+from jzero.reduction.states import State as State
+from jzero.reduction.states import Sum as Sum
 from jzero.reduction.walk import walk
 
 
@@ -74,13 +59,12 @@ def analyze(
     except Exception as error:  # whatever the user's code raises at a batch size that it was not written for
         first_line = str(error).partition("\n")[0]
         return _nothing_known(f"the loss cannot be traced at {factor} times the batch size: {first_line}", "", small)
-    context = Context(
-        math.gcd(*(arg.shape[dim] for arg, dim in zip(args, batch_dims, strict=True) if dim is not None)) or 1, factor
-    )
+    sizes = [arg.shape[dim] for arg, dim in zip(args, batch_dims, strict=True) if dim is not None]
+    context = Context(math.gcd(*sizes) or 1, factor, STEPS)
     try:
         return _verdict(small, large, batch_dims, context)
     except DifferentPrograms as difference:
-        if context.batch > 1:
+        if context.batch > 1 or not sizes:
             return _nothing_known(DIFFERENT, str(difference), small)
     # jax.numpy takes other paths for dims of size one, so a local batch of one is judged as two would be
     return analyze(fn, enlarged(args, batch_dims, 2), batch_dims, factor=factor)
@@ -102,27 +86,40 @@ def _nothing_known(reason: str, where: str, small: Any) -> Verdict:
 def _public(state: AnyState, shapes: Shapes) -> State:
     """The four states that callers know."""
     try:
-        state = state if isinstance(state, Mixed) else settle(state, shapes)
+        claim = state if isinstance(state, Mixed) else settle(state, shapes)
     except Mixing as mixing:
         return Mixed(str(mixing), "the output")
-    if isinstance(state, Independent):
-        return state if state == INDEPENDENT else Sum(state.ratio)
-    if isinstance(state, PerExample) and state != PerExample(state.dim):
+    if isinstance(claim, Independent):
+        return claim if claim == INDEPENDENT else Sum(claim.ratio)
+    if isinstance(claim, PerExample) and claim != PerExample(claim.dim):
         return Mixed("a per-example output is scaled by the batch size, or its examples are not contiguous", "the output")
-    return state
+    return claim
+
+
+def is_independent(state: State) -> bool:
+    """Whether every shard has the value of the whole batch."""
+    return state == INDEPENDENT
+
+
+def is_per_example(state: State, dim: int) -> bool:
+    """Whether the shards' values, concatenated along `dim`, are the value for the whole batch."""
+    return state == PerExample(dim)
 
 
 def is_mean(state: State) -> bool:
     """Whether the mean of the shards' values is the value for the whole batch."""
-    return state == INDEPENDENT or state == Sum(1)
+    return state in (INDEPENDENT, Sum(ONE))
 
 
 def is_sum(state: State, *, factor: int = 2) -> bool:
     """Whether the sum of the shards' values is the value for the whole batch. `factor`: as given to `analyze`."""
-    return state == Sum(factor)
+    return state == Sum(Fraction(factor))
 
 
-def explain_mixed(verdict: Verdict, names: Sequence[str] = ()) -> str:
-    """One line per mixed output: its name, where the examples meet, and in what. Empty if none is."""
-    named = zip(names or [f"output {i}" for i in range(len(verdict.outputs))], verdict.outputs, strict=True)
-    return "\n".join(f"{name}: examples meet at {s.where}: {s.reason}" for name, s in named if isinstance(s, Mixed))
+def explain_mixed(state: State) -> str:
+    """Why a state is neither a mean nor a sum: the line where examples meet, the primitive and the reason."""
+    if isinstance(state, Mixed):
+        return f"examples meet at {state.where}: {state.reason}"
+    if isinstance(state, Sum):
+        return f"a sum over examples that grows with the batch size by another factor than a sum or a mean ({state.ratio})"
+    return f"one value per example, along dim {state.dim}" if isinstance(state, PerExample) else "independent of the batch"

@@ -1,4 +1,4 @@
-"""Rules of primitives that compute along some dims: the examples meet if the batch dim is among them, and only a sum is linear."""
+"""Rules of primitives that compute along some dims. The examples meet if the batch dim is among them; a sum may stay a sum."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,6 +10,8 @@ from jzero.reduction.states import (
     BACKFLOW,
     PAIRS,
     AnyState,
+    Claim,
+    Constant,
     Independent,
     Mixing,
     PerExample,
@@ -22,10 +24,9 @@ from jzero.reduction.states import (
 Dims = Callable[[Equation], Sequence[int]]
 
 
-def _claim(eq: Equation, *, linear: bool) -> Independent | PerExample | Sum:
+def _claim(eq: Equation, *, linear: bool) -> Claim | Constant:
     """The one claim of all operands, whose shapes are equal."""
-    states = settled(eq)
-    return total(states, eq.in_shapes[0]) if linear else only_per_example(states)
+    return total(settled(eq), eq.in_shapes[0]) if linear else only_per_example(settled(eq))
 
 
 def reduce_sum(eq: Equation) -> AnyState:
@@ -101,6 +102,7 @@ def _role(eq: Equation, side: int) -> tuple[str, int]:
     """What `dot_general` does with an operand's batch dim, and the index in its list or in the result."""
     contract, batch = (pair[side] for pair in eq.params["dimension_numbers"])
     dim = eq.in_shapes[side].batch_dim()
+    assert dim is not None  # its state is per-example
     if dim in contract:
         return "contract", tuple(contract).index(dim)
     if dim in batch:

@@ -2,6 +2,7 @@
 
 Under a local batch every shard draws its own numbers. The engine folds the shard's index into the key, so that the draws
 differ between shards as they do between examples: not the same numbers as on one device, but the same distribution.
+A draw without a batch dim is shared by the examples of a shard instead of the whole batch.
 """
 
 from jzero.reduction.equation import Equation, Rule

@@ -1,6 +1,7 @@
 """Rules of gathers, scatters and dynamic slices: an example may look into shared tables and into itself, not into others."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from jzero.reduction.equation import Equation, Rule
 from jzero.reduction.moves import whole
@@ -8,6 +9,7 @@ from jzero.reduction.pointwise import only_per_example
 from jzero.reduction.states import (
     BACKFLOW,
     INDEPENDENT,
+    LAYOUT,
     POSITION,
     AnyState,
     Independent,
@@ -17,7 +19,6 @@ from jzero.reduction.states import (
     Shapes,
     Sum,
     is_zero,
-    same_layout,
     settle,
     snap,
     total,
@@ -55,8 +56,9 @@ def _own_row(
     if isinstance(indices, PerExample):
         return batching.get(dim) == indices.dim
     operand, table = eq.in_shapes[0], eq.in_shapes[1]
+    columns = indices.columns or ()
     same_rows = operand.small[dim] == table.small[indices.dim] and operand.large[dim] == table.large[indices.dim]
-    return same_rows and [index_map[column] for column in indices.columns] == [dim]
+    return same_rows and [index_map[column] for column in columns] == [dim]
 
 
 def gather(eq: Equation) -> AnyState:
@@ -118,8 +120,10 @@ def _scatter_windows(eq: Equation, dim: int | None) -> AnyState:
     """The same places of every example are written: the updates' batch dim must be the operand's, whole."""
     numbers, (operand, _, updates) = eq.params["dimension_numbers"], eq.in_shapes
     windows = _windows(eq.rank, (*numbers.inserted_window_dims, *numbers.operand_batching_dims), numbers.update_window_dims)
-    place = None if dim is None else windows.get(dim, -1)
-    if updates.batch_dim() != place or (dim is not None and updates.small[place] != operand.small[dim]):
+    place = updates.batch_dim()
+    if place != (None if dim is None else windows.get(dim, -1)):
+        raise Mixing(OTHERS)
+    if dim is not None and place is not None and updates.small[place] != operand.small[dim]:
         raise Mixing(OTHERS)
     return _written(eq, dim, None)
 
@@ -139,13 +143,16 @@ def _scatter_rows(eq: Equation, indices: PerExample | OwnIndex, dim: int | None)
 def _written(eq: Equation, dim: int | None, outer: int | None) -> AnyState:
     """The claim of old and new entries together, in the operand's dims. `outer`: the layout that the indices have."""
     old, new = ((eq.ins[i], eq.in_shapes[i]) for i in (0, 2))
-    known = [PerExample(dim, outer)] if outer is not None else []
-    claims = known + [PerExample(dim, s.outer) for s, _ in (old, new) if isinstance(s, PerExample)]
-    layout = same_layout(claims) if claims else PerExample(-1)
-    states = [old[0] if is_zero(old[0]) else settle(*old, layout)]
-    update = new[0] if is_zero(new[0]) else settle(*new)
-    states.append(PerExample(dim, layout.outer, update.ratio) if isinstance(update, PerExample) else update)
-    return total(states, eq.out)
+    outers = {state.outer for state, _ in (old, new) if isinstance(state, PerExample)}
+    outers |= set() if outer is None else {outer}
+    if len(outers) > 1:
+        raise Mixing(LAYOUT)
+    layout = PerExample(-1 if dim is None else dim, outers.pop() if outers else 1)
+    claims = [] if is_zero(old[0]) else [settle(*old, layout)]
+    if not is_zero(new[0]):
+        update = settle(*new)
+        claims.append(replace(layout, ratio=update.ratio) if isinstance(update, PerExample) else update)
+    return total(claims, eq.out)
 
 
 def _scatter_sum(eq: Equation, indices: PerExample) -> AnyState:

@@ -1,9 +1,10 @@
 """Rules of primitives that move entries without computing: the batch dim is renamed, or must stay whole."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
-from jzero.reduction.equation import Equation, Rule, settled
+from jzero.reduction.equation import Equation, Rule, align, settled
 from jzero.reduction.states import (
     LAYOUT,
     POSITION,
@@ -25,26 +26,21 @@ from jzero.reduction.states import (
 CUT = "the batch dim is cut, so that a result holds only some of the examples"
 
 
-def renamed(state: AnyState, dim: int | None) -> AnyState:
-    """The state after its batch dim, if it has one, became `dim`."""
-    if not isinstance(state, PerExample | OwnIndex):
-        return state
-    if dim is None:
-        raise Mixing("the batch dim is dropped")
-    return replace(state, dim=dim)
+def renamed(state: AnyState, new: Callable[[int], int]) -> AnyState:
+    """The state after its batch dim `d`, if it has one, became `new(d)`."""
+    return replace(state, dim=int(new(state.dim))) if isinstance(state, PerExample | OwnIndex) else state
 
 
-def last_dim_moves(eq: Equation, state: AnyState, new: int) -> AnyState:
+def last_dim_moves(eq: Equation, state: AnyState, new: int) -> None:
     """`OwnIndex` with columns names entries of the last dim, which must then stay the last."""
     if isinstance(state, OwnIndex) and state.columns is not None and new != len(eq.out.small) - 1:
         raise Mixing(POSITION)
-    return state
 
 
 def transpose(eq: Equation) -> AnyState:
     state, order = eq.ins[0], tuple(eq.params["permutation"])
     last_dim_moves(eq, state, order.index(eq.rank - 1))
-    return renamed(state, order.index(state.dim) if hasattr(state, "dim") else None)
+    return renamed(state, order.index)
 
 
 def broadcast(eq: Equation) -> AnyState:
@@ -56,12 +52,12 @@ def broadcast(eq: Equation) -> AnyState:
     if isinstance(state, Sum) and eq.out.varying():
         raise Mixing("a sum over the examples is broadcast back to per-example values")
     eq.out.batch_dim()  # refuses a second dim of the batch's size
-    return renamed(state, int(target[state.dim]) if hasattr(state, "dim") else None)
+    return renamed(state, target.__getitem__)
 
 
 def squeeze(eq: Equation) -> AnyState:
     state, gone = eq.ins[0], {d % eq.rank for d in eq.params["dimensions"]}
-    if not hasattr(state, "dim"):
+    if not isinstance(state, PerExample | OwnIndex):
         return state
     if state.dim in gone or (isinstance(state, OwnIndex) and state.columns is not None and eq.rank - 1 in gone):
         raise Mixing(POSITION)
@@ -125,25 +121,23 @@ def pad(eq: Equation) -> AnyState:
         return state
     if is_zero(value):
         return settle(state, eq.in_shapes[0])
-    filler = settle(value, eq.in_shapes[1])
-    return total([state, spread(filler, eq.out, first(PerExample, [state]))], eq.out)
+    return total([state, align(value, eq.in_shapes[1], eq.out, first(PerExample, [state]))], eq.out)
 
 
 def concatenate(eq: Equation) -> AnyState:
     dim = int(eq.params["dimension"])
     if first(OwnIndex, eq.ins):
         return index_columns(eq, dim)
-    for state, shapes in zip(eq.ins, eq.in_shapes, strict=True):
-        if shapes.batch_dim() == dim:
-            raise Mixing("arrays are concatenated along the batch dim")
+    if any(shapes.batch_dim() == dim for shapes in eq.in_shapes):
+        raise Mixing("arrays are concatenated along the batch dim")
     return side_by_side(eq)
 
 
 def side_by_side(eq: Equation) -> AnyState:
     """The one claim of several arrays laid next to each other: that of their sum, had they the same shape."""
     layout = first(PerExample, eq.ins)
-    states = [s if is_zero(s) else settle(s, shapes, layout) for s, shapes in zip(eq.ins, eq.in_shapes, strict=True)]
-    return total(states, eq.in_shapes[0])
+    parts = [(s, shapes) for s, shapes in zip(eq.ins, eq.in_shapes, strict=True) if not is_zero(s)]
+    return total([settle(state, shapes, layout) for state, shapes in parts], eq.in_shapes[0])
 
 
 def index_columns(eq: Equation, dim: int) -> OwnIndex:
@@ -164,15 +158,15 @@ def index_columns(eq: Equation, dim: int) -> OwnIndex:
 
 
 def stack(eq: Equation) -> AnyState:
-    axis, state = eq.params["axis"] % (eq.rank + 1), side_by_side(eq)
-    return renamed(state, state.dim + (axis <= state.dim) if isinstance(state, PerExample) else None)
+    axis = eq.params["axis"] % (eq.rank + 1)
+    return renamed(side_by_side(eq), lambda dim: dim + (axis <= dim))
 
 
 def unstack(eq: Equation) -> AnyState:
     axis, state = eq.params["axis"] % eq.rank, eq.ins[0]
     if isinstance(state, PerExample) and state.dim == axis:
         raise Mixing(CUT)
-    return renamed(state, state.dim - (axis < state.dim) if isinstance(state, PerExample) else None)
+    return renamed(state, lambda dim: dim - (axis < dim))
 
 
 def tile(eq: Equation) -> AnyState:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from jzero.reduction.states import (
     ONE,
     QUOTIENT,
     AnyState,
+    Claim,
     Constant,
     Independent,
     Mixing,
@@ -22,6 +24,7 @@ from jzero.reduction.states import (
     PerExample,
     Sum,
     first,
+    is_zero,
     join,
     same_layout,
     snap,
@@ -29,7 +32,7 @@ from jzero.reduction.states import (
 )
 
 
-def only_per_example(states: Sequence[AnyState]) -> Independent | PerExample:
+def only_per_example(states: Sequence[Claim]) -> Independent | PerExample:
     """The claim of a nonlinear function of `states`: each example by itself, and nothing scaled."""
     sums, rows = first(Sum, states), [s for s in states if isinstance(s, PerExample)]
     if sums:
@@ -53,10 +56,13 @@ def linear(eq: Equation) -> AnyState:
 
 
 def add(eq: Equation) -> AnyState:
-    return total(aligned(eq, keep_zeros=True), eq.out)
+    """A zero adds nothing but its shape."""
+    layout = first(PerExample, eq.ins)
+    terms = [(s, shapes) for s, shapes in zip(eq.ins, eq.in_shapes, strict=True) if not is_zero(s)]
+    return total([align(state, shapes, eq.out, layout) for state, shapes in terms], eq.out)
 
 
-def product(states: Sequence[Independent | PerExample | Sum]) -> Independent | PerExample | Sum:
+def product(states: Sequence[Claim]) -> Claim:
     """The claim of any product of `states` that is linear in each: at most one of them is a sum."""
     ratio = snap(math.prod((state.ratio for state in states), start=ONE))
     rows = [state for state in states if isinstance(state, PerExample)]
@@ -71,20 +77,17 @@ def product(states: Sequence[Independent | PerExample | Sum]) -> Independent | P
     return Sum(ratio) if num_sums else Independent(ratio)
 
 
-def multiply(eq: Equation) -> Independent | PerExample | Sum:
+def multiply(eq: Equation) -> Claim:
     return product(aligned(eq))
 
 
-def divide(eq: Equation) -> Independent | PerExample | Sum:
+def divide(eq: Equation) -> Claim:
     if np.issubdtype(eq.out_dtypes[0], np.integer):  # rounds, so it is not linear
         return nonlinear(eq)
     over, under = aligned(eq)
     if isinstance(under, Sum):
         raise Mixing(QUOTIENT if isinstance(over, Sum) else NONLINEAR)
-    inverse = (
-        PerExample(under.dim, under.outer, 1 / under.ratio) if isinstance(under, PerExample) else Independent(1 / under.ratio)
-    )
-    return product([over, inverse])
+    return product([over, replace(under, ratio=1 / under.ratio)])
 
 
 def select(eq: Equation) -> AnyState:
@@ -126,88 +129,21 @@ def fold_in(eq: Equation) -> AnyState:
     return PerExample(data.dim) if isinstance(data, OwnIndex) and key == INDEPENDENT else nonlinear(eq)
 
 
-_NONLINEAR = [
-    "abs",
-    "acos",
-    "acosh",
-    "and",
-    "asin",
-    "asinh",
-    "atan",
-    "atan2",
-    "atanh",
-    "bessel_i0e",
-    "bessel_i1e",
-    "bitcast_convert_type",
-    "cbrt",
-    "ceil",
-    "clamp",
-    "clz",
-    "cos",
-    "cosh",
-    "digamma",
-    "eq",
-    "erf",
-    "erf_inv",
-    "erfc",
-    "exp",
-    "exp2",
-    "expm1",
-    "floor",
-    "igamma",
-    "igamma_grad_a",
-    "igammac",
-    "integer_pow",
-    "is_finite",
-    "le",
-    "lgamma",
-    "log",
-    "log1p",
-    "log2",
-    "logistic",
-    "max",
-    "min",
-    "mulhi",
-    "ne",
-    "nextafter",
-    "not",
-    "one_minus_square",
-    "or",
-    "polygamma",
-    "population_count",
-    "pow",
-    "regularized_incomplete_beta",
-    "rem",
-    "round",
-    "rsqrt",
-    "shift_left",
-    "shift_right_arithmetic",
-    "shift_right_logical",
-    "sign",
-    "sin",
-    "sinh",
-    "sqrt",
-    "square",
-    "tan",
-    "tanh",
-    "xor",
-    "zeta",
-    "random_clone",
-    "random_gamma",
-    "random_seed",
-    "random_unwrap",
-    "random_wrap",
-    "threefry2x32",
-    "eq_to",
-    "le_to",
-    "lt_to",
-]  # `random_wrap` and `random_unwrap` only add or drop trailing dims
+# `random_wrap` and `random_unwrap` only add or drop trailing dims
+_NONLINEAR = """
+abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp clz cos cosh digamma
+eq eq_to erf erf_inv erfc exp exp2 expm1 floor gt igamma igamma_grad_a igammac integer_pow is_finite le le_to lgamma log log1p
+log2 logistic lt_to max min mulhi ne nextafter not one_minus_square or polygamma population_count pow
+regularized_incomplete_beta rem round rsqrt shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
+tan tanh xor zeta
+random_clone random_gamma random_seed random_unwrap random_wrap threefry2x32
+"""
 
 RULES = {
-    **dict.fromkeys(_NONLINEAR, Rule(nonlinear)),
-    **dict.fromkeys(("lt", "gt", "ge"), Rule(compare, places=True)),
+    **dict.fromkeys(_NONLINEAR.split(), Rule(nonlinear)),
+    **dict.fromkeys(("lt", "ge"), Rule(compare, places=True)),
     **dict.fromkeys(("neg", "real", "imag", "conj", "reduce_precision"), Rule(linear)),
-    **dict.fromkeys(("copy", "copy_p", "name", "stop_gradient", "device_put"), Rule(same, places=True)),
+    **dict.fromkeys(("copy", "copy_p", "name", "stop_gradient"), Rule(same, places=True)),
     **dict.fromkeys(("sharding_constraint", "reshard", "layout_constraint"), Rule(same, places=True)),
     **dict.fromkeys(("add", "add_any", "sub", "complex"), Rule(add)),
     "mul": Rule(multiply),

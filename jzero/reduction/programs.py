@@ -1,5 +1,7 @@
 """The loss as two programs, traced at two batch sizes and read in lockstep. Shapes only: nothing is computed."""
 
+import functools
+import os
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ class Context(NamedTuple):
 
     batch: int
     factor: int
+    steps: Mapping[str, Callable]  # how to walk into the primitives that have bodies
     derivatives: bool = True
     call: tuple[str, str] | None = None  # the jitted function's name, the line that calls it
 
@@ -126,17 +129,26 @@ def _equal(a: Any, b: Any) -> bool:
 # moves to _compat
 def source_line(eqn: Any, call: tuple[str, str] | None = None) -> str:
     """`file:line (function)` of an equation, and where the user's own code calls it if that line is a library's."""
-    from jax._src import source_info_util
-
-    frames = list(source_info_util.user_frames(eqn.source_info.traceback))
+    frames = [frame for frame in getattr(eqn.source_info.traceback, "frames", ()) if not _is_machinery(frame.file_name)]
     if call and not any(frame.function_name.split(".")[-1] == call[0] for frame in frames):
         return call[1]  # jit caches traces, so the line inside a library function may be another caller's
     if not frames:
         return "an unknown line"
-    library = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib"))
-    own = next((frame for frame in frames if not frame.file_name.startswith(library)), frames[0])
-    lines = [f"{f.file_name}:{f.start_line} ({f.function_name})" for f in dict.fromkeys((frames[0], own))]
-    return ", called from ".join(lines)
+    own = next((frame for frame in frames if not frame.file_name.startswith(_site_packages())), frames[0])
+    lines = (f"{frame.file_name}:{frame.line_num} ({frame.function_name})" for frame in (frames[0], own))
+    return ", called from ".join(dict.fromkeys(lines))
+
+
+@functools.cache
+def _is_machinery(file: str) -> bool:
+    """JAX itself, and Python's library, which site-packages may lie under."""
+    in_python = file.startswith((sysconfig.get_path("stdlib"), "<frozen"))
+    return file.startswith(os.path.dirname(jax.__file__) + os.sep) or (in_python and not file.startswith(_site_packages()))
+
+
+@functools.cache
+def _site_packages() -> tuple[str, ...]:
+    return sysconfig.get_path("purelib"), sysconfig.get_path("platlib")
 
 
 # moves to _compat

@@ -55,8 +55,13 @@ def _nonzero(weight: jax.Array) -> jax.Array:
     return jnp.where(weight == 0, jnp.ones_like(weight), weight)
 
 
-def examples_of(call: LossCall, params: Any, micro: Any, rng: Any, model_state: Any) -> Examples:
-    """Follow the batch dim through the loss (never its values): do examples meet only in one final mean or sum?"""
+def examples_of(call: LossCall, params: Any, micro: Any, rng: Any, model_state: Any, *, num_parts: int) -> Examples:
+    """Follow the batch dim through the loss (never its values): do examples meet only in one final mean or sum?
+
+    Args:
+      micro: shapes of one part of the batch.
+      num_parts: microbatches times shards that the batch is cut into.
+    """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, micro, rng, model_state))
     flat, treedef = jax.tree.flatten(shapes)
     start = len(jax.tree.leaves(params))
@@ -69,36 +74,39 @@ def examples_of(call: LossCall, params: Any, micro: Any, rng: Any, model_state: 
         seen[:] = [jax.eval_shape(lambda: outcome)]
         return jax.tree.leaves(outcome)
 
-    verdict = reductions.analyze(flat_loss, flat, dims)
+    factor = max(2, num_parts)
+    verdict = reductions.analyze(flat_loss, flat, dims, factor=factor)
     ranks = [leaf.ndim for leaf in jax.tree.leaves(seen[0])]
-    return _judge(verdict, jax.tree.unflatten(jax.tree.structure(seen[0]), range(len(ranks))), ranks)
+    return _judge(verdict, jax.tree.unflatten(jax.tree.structure(seen[0]), range(len(ranks))), ranks, factor)
 
 
-def _judge(verdict: Any, outcome: Outcome, ranks: list[int]) -> Examples:
+def _judge(verdict: reductions.Verdict, outcome: Outcome, ranks: list[int], factor: int) -> Examples:
     """From the state of every output to one word: a mixed loss, a batched aux array that is not by example, or a model state
     that the batch touches keep the global program. Averaged aux scalars have a stated reduction and do not."""
-    state = verdict.outputs
-    loss = state[outcome.sum]
-    mixed = [] if outcome.weight is None else _unless(_same_sum(loss, state[outcome.weight]), "loss weight", state[outcome.weight])
+    states = verdict.outputs
+    loss = states[outcome.sum]
+    is_sum = reductions.is_sum(loss, factor=factor)
     if outcome.weight is None:
-        mixed += _unless(reductions.is_mean(loss) or reductions.is_sum(loss), "loss", loss)
+        mixed = _unless(is_sum or reductions.is_mean(loss), "loss", loss)
+    else:
+        weight = states[outcome.weight]
+        alike = (is_sum and reductions.is_sum(weight, factor=factor)) or (reductions.is_mean(loss) and reductions.is_mean(weight))
+        mixed = _unless(alike, "weighted loss", loss if isinstance(loss, reductions.Mixed) else weight)
     for leaf in jax.tree.leaves(outcome.model_state):
-        mixed += _unless(reductions.is_independent(state[leaf]), "model_state", state[leaf])
+        mixed += _unless(states[leaf] == reductions.INDEPENDENT, "model_state", states[leaf])
     for value in jax.tree.leaves(outcome.aux, is_leaf=lambda leaf: isinstance(leaf, Summed)):
         for leaf in jax.tree.leaves(value):
             stated = isinstance(value, Summed) or ranks[leaf] == 0
-            mixed += _unless(stated or reductions.is_per_example(state[leaf], 0), "aux", state[leaf])
+            mixed += _unless(stated or states[leaf] == reductions.PerExample(0), "aux", states[leaf])
     if mixed:
-        return Examples("mixed", (*mixed, *verdict.findings))
-    kind = "sum" if outcome.weight is None and reductions.is_sum(loss) and not reductions.is_mean(loss) else "mean"
+        return Examples("mixed", tuple(dict.fromkeys(mixed)))
+    kind = "sum" if outcome.weight is None and is_sum and not reductions.is_mean(loss) else "mean"
     notes = ("the loss is a sum over examples: shards and microbatches are added, not averaged",) if kind == "sum" else ()
     return Examples(kind, notes)
 
 
-def _same_sum(loss: Any, weight: Any) -> bool:
-    both_sums = reductions.is_sum(loss) and reductions.is_sum(weight)
-    return both_sums or (reductions.is_mean(loss) and reductions.is_mean(weight))
-
-
 def _unless(fine: bool, what: str, state: Any) -> list[str]:
-    return [] if fine else [f"{what}: {reductions.explain_mixed(state)}"]
+    if fine:
+        return []
+    where = f"{state.where}: {state.reason}" if isinstance(state, reductions.Mixed) else f"it is {state}"
+    return [f"{what} stays global, reduced in every microbatch, because examples meet before the final mean: {where}"]

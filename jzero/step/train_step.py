@@ -70,7 +70,7 @@ class TrainStep:
         key = self.step_key(state)
         rngs = partial(self.microbatch_key, key, shard=0)
         program = self.trace(compute, microbatch_shapes(batch, self.accumulate), rngs(0), state.model_state)
-        examples = self.examples(compute, microbatch_shapes(batch, self.accumulate), rngs(0), state.model_state, needed=self.accumulate > 1)
+        examples = self.examples(compute, microbatch_shapes(batch, self.accumulate), rngs(0), state.model_state, num_parts=self.accumulate)
         weight = normaliser(program, examples, batch, num_micro=self.accumulate, num_shards=1, rngs=rngs, model_state=state.model_state)
 
         def run_loss(diff: Sequence[Any], micro: Any, rng: Any, model_state: Any) -> Any:
@@ -93,9 +93,11 @@ class TrainStep:
         """The loss on one microbatch of these shapes, with parameters in the compute dtype."""
         return gradient.trace_loss(self.call, compute, micro, rng, model_state)
 
-    def examples(self, compute: Any, micro: Any, rng: Any, model_state: Any, *, needed: bool) -> Examples:
-        """How the examples of a microbatch meet in the loss; without need nothing is traced and a mean is assumed."""
-        return examples_of(self.call, compute, micro, rng, model_state) if needed else Examples("mean", ())
+    def examples(self, compute: Any, micro: Any, rng: Any, model_state: Any, *, num_parts: int) -> Examples:
+        """How the examples of a microbatch meet in the loss; a batch in one part is traced no further, and counts as a mean."""
+        if num_parts == 1:
+            return Examples("mean", ())
+        return examples_of(self.call, compute, micro, rng, model_state, num_parts=num_parts)
 
     def step_key(self, state: TrainState) -> jax.Array:
         """The state's key folded with the step."""

@@ -1,0 +1,146 @@
+"""A compiled step's report: the audit of its program beside the formulas of its stage."""
+
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jzero import audit as audits
+from jzero import traffic
+from jzero._types import ROLES
+from jzero._tree import num_bytes, num_elements, short
+from jzero.engine.layout import Layout, Options, Trace
+from jzero.gather.facts import Reading
+from jzero.mesh import axis_size, batch_axes
+from jzero.report import Report
+from jzero.rules.batch import is_split
+from jzero.step import TrainStep
+from jzero.step import params as parameters
+
+
+def report(fn: Any, layout: Layout, options: Options, trace: Trace, compiled: Any, batch: tuple[Any, ...]) -> Report:
+    """The report of one compiled program."""
+    measured = audits.audit(compiled, options.mesh)
+    formula = _formula(fn, layout, options, trace)
+    in_shardings = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda leaf: isinstance(leaf, jax.sharding.Sharding))
+    resting = _resting(layout, batch, in_shardings[: len(layout.avals)], options)
+    return Report(
+        stage=options.stage.number,
+        engine=_engine(fn, trace),
+        mesh=dict(options.mesh.shape),
+        bytes_at_rest=resting,
+        wire_bytes=_side_by_side(measured.wire_bytes, formula),
+        temp_bytes=measured.temp_bytes,
+        peak_bytes=measured.peak_bytes,
+        leaves=_leaves(layout),
+        findings=_findings(layout, options, trace, measured),
+        programs={"wire_elements": measured.wire_elements, "argument_bytes": measured.argument_bytes, "alias_bytes": measured.alias_bytes},
+    )
+
+
+def _engine(fn: Any, trace: Trace) -> str:
+    if not isinstance(fn, TrainStep):
+        return "opaque"
+    return "composed" if trace.manual else "composed (global)"
+
+
+def _resting(layout: Layout, batch: Any, shardings: list[Any], options: Options) -> dict[str, dict[str, int]]:
+    """By role: what the compiled program's inputs take on one device, and what the stage promises leaf by leaf."""
+    table = {role: {"measured": 0, "formula": 0} for role in ROLES}
+    for placement, aval, sharding in zip(layout.placements, layout.avals, shardings, strict=True):
+        row = table[placement.leaf.role]
+        row["measured"] += audits.shard_bytes(aval, sharding)
+        row["formula"] += num_bytes(aval) // _num_shards(placement.spec, options)
+    num_shards = axis_size(options.mesh, batch_axes(options.mesh))
+    for leaf in jax.tree.leaves(batch):
+        size = num_bytes(jax.ShapeDtypeStruct(jax.numpy.shape(leaf), jax.dtypes.result_type(leaf)))
+        per_device = size // num_shards if is_split(leaf) else size
+        table["batch"]["measured"] += per_device
+        table["batch"]["formula"] += per_device
+    return table
+
+
+def _num_shards(spec: PartitionSpec, options: Options) -> int:
+    names = [name for entry in spec if entry is not None for name in ((entry,) if isinstance(entry, str) else entry)]
+    return axis_size(options.mesh, names)
+
+
+def _formula(fn: Any, layout: Layout, options: Options, trace: Trace) -> traffic.Table:
+    if options.mesh.size == 1:
+        return {}
+    reading = Reading(not isinstance(fn, TrainStep), dict(options.mesh.shape))
+    uses = list(reading.uses(trace.jaxpr, trace.facts)) if trace.jaxpr is not None else []
+    return _composed(fn, layout, options, trace, uses) if isinstance(fn, TrainStep) else _opaque(layout, options, uses)
+
+
+def _composed(fn: TrainStep, layout: Layout, options: Options, trace: Trace, uses: list[Any]) -> traffic.Table:
+    params = jax.tree.unflatten(layout.treedef, layout.avals).params
+    avals = jax.tree.leaves(params)
+    mask = parameters.trainable_mask(params, fn.trainable)
+    rows = [
+        traffic.Param(num_elements(aval), _has_data(layout.split(index)) and options.stage.number > 0, trains)
+        for index, (aval, trains) in enumerate(zip(avals, mask, strict=True))
+    ]
+    micro = fn.accumulate
+    wire = traffic.Wire(fn.policy.compute, fn.policy.reduce, fn.policy.reduce_once, micro)
+    axes = {name: size for name, size in options.mesh.shape.items() if name in ("replica", "data")}
+    return traffic.composed(options.stage, rows, uses, wire, axes, trace.num_scalars)
+
+
+def _opaque(layout: Layout, options: Options, uses: list[Any]) -> traffic.Table:
+    split_owners = {p.leaf.owner for i, p in enumerate(layout.placements) if p.leaf.owner is not None and _has_data(layout.split(i))}
+    rows = [
+        (num_elements(aval), aval.dtype, index in split_owners)
+        for index, (aval, placement) in enumerate(zip(layout.avals, layout.placements, strict=True))
+        if placement.leaf.role == "params"
+    ]
+    return traffic.opaque(options.stage, rows, uses, axis_size(options.mesh, "data"))
+
+
+def _has_data(split: tuple[Any, ...]) -> bool:
+    return any("data" in (entry if isinstance(entry, tuple) else (entry,)) for entry in split)
+
+
+def _side_by_side(measured: traffic.Table, formula: traffic.Table) -> dict[str, dict[str, dict[str, int]]]:
+    def kinds(axis: str) -> list[str]:
+        return sorted({*measured.get(axis, {}), *formula.get(axis, {})})
+
+    return {
+        axis: {
+            kind: {"measured": measured.get(axis, {}).get(kind, 0), "formula": formula.get(axis, {}).get(kind, 0)}
+            for kind in kinds(axis)
+        }
+        for axis in sorted({*measured, *formula})
+    }
+
+
+def _leaves(layout: Layout) -> list[dict[str, Any]]:
+    return [
+        {
+            "path": placement.leaf.path, "dtype": aval.dtype.name, "shape": list(aval.shape), "role": placement.leaf.role,
+            "spec": str(placement.spec), "bytes_per_device": audits.shard_bytes(aval, sharding), "why": placement.why,
+        }
+        for placement, aval, sharding in zip(layout.placements, layout.avals, layout.shardings, strict=True)
+    ]  # fmt: skip
+
+
+def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.Audit) -> list[str]:
+    """What a reader should know: leaves that stayed whole, examples that meet, collectives that nobody asked for."""
+    found = list(trace.findings)
+    if options.stage.number > 0 and axis_size(options.mesh, "data") > 1:
+        whole = [
+            f"{p.leaf.path} {short(aval)} stays whole: {p.why}"
+            for p, aval, index in zip(layout.placements, layout.avals, range(len(layout.avals)), strict=True)
+            if p.leaf.role == "params" and not _has_data(layout.split(index)) and _wants_data(p, options)
+        ]
+        found += whole[:10] + ([f"... and {len(whole) - 10} more parameters stay whole: see leaf_table()"] if len(whole) > 10 else [])
+        if not any(_has_data(layout.split(index)) for index in range(len(layout.avals))):
+            found.append(f"stage {options.stage.number} shards nothing: no leaf is large enough and divisible")
+    found += [f"nobody asked for: {audits.describe(one, options.mesh)}" for one in audits.shuffles(measured)[:10]]
+    found += [f"in a loop of unknown length, counted once: {audits.describe(one, options.mesh)}" for one in audits.unknown_loops(measured)[:10]]
+    return found
+
+
+def _wants_data(placement: Any, options: Options) -> bool:
+    """Leaves that are whole because their role is, at this stage, are no finding."""
+    return "under min_shard_elements" in placement.why or "divide" in placement.why or "divisible" in placement.why

@@ -1,0 +1,52 @@
+"""The user's own derivatives: what goes backwards through a custom rule, and what a gradient that comes back must claim."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend import core as jax_core
+
+from jzero.reduction.programs import Context, is_literal
+from jzero.reduction.states import ONE, AnyState, Constant, Independent, Mixed, PerExample, Sum
+
+
+def satisfies(got: AnyState, want: AnyState) -> bool:
+    if isinstance(got, Constant):
+        return got.small == got.large and (got.small == 0 or want == Sum(ONE))
+    return got == want or (isinstance(got, Independent) and isinstance(want, Sum) and got.ratio == want.ratio)
+
+
+def cotangent(state: AnyState, context: Context) -> AnyState:
+    """What the gradient of a mean over the batch is to such a value: one N-th per example, else a mean over shards."""
+    if isinstance(state, PerExample):
+        return PerExample(state.dim, state.outer, 1 / (state.ratio * context.factor))
+    if isinstance(state, Independent | Sum):
+        return Sum(1 / state.ratio)
+    return state if isinstance(state, Mixed) else Sum(ONE)
+
+
+def is_float(variable: Any) -> bool:
+    return jax.numpy.issubdtype(variable.aval.dtype, jax.numpy.inexact)
+
+
+def pullback(eqn: Any) -> tuple[Any, list[Any]]:
+    """The jaxpr of `operands, cotangents -> cotangents` of one equation, floating-point ones only, and the operands."""
+    operands = list(dict.fromkeys(v for v in eqn.invars if not is_literal(v)))
+    apply = jax_core.jaxpr_as_fun(jax_core.Jaxpr((), operands, eqn.outvars, [eqn], eqn.effects))
+    floats = [i for i, v in enumerate(operands) if is_float(v)]
+    kept = [i for i, v in enumerate(eqn.outvars) if is_float(v)]
+
+    def pull(args: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+        def on_floats(*values: Any) -> list[Any]:
+            full = list(args)
+            for i, value in zip(floats, values, strict=True):
+                full[i] = value
+            outs = apply(*full)
+            return [outs[i] for i in kept]
+
+        return jax.vjp(on_floats, *(args[i] for i in floats))[1](list(cotangents))
+
+    specs = [
+        [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in vs] for vs in (operands, [eqn.outvars[i] for i in kept])
+    ]
+    return jax.make_jaxpr(pull)(*specs), operands
