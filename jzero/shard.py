@@ -11,7 +11,7 @@ from jzero import mesh as meshes
 from jzero import remat as remats
 from jzero import stages
 from jzero._errors import columns, explain
-from jzero._tree import leaves_with_path, short
+from jzero._tree import named_leaves, short
 from jzero.engine import compiler, composed, opaque, reporting
 from jzero.engine.layout import Layout, Options, Trace, batch_shardings, layout
 from jzero.engine.statics import Statics, split_statics
@@ -208,7 +208,7 @@ def _is_static(arg: Any) -> bool:
 def _check_placed(arrays: Any, placed: Layout, options: Options) -> None:
     """Every leaf that is committed to devices stands where the step wants it."""
     rows = []
-    for (path, leaf), sharding in zip(leaves_with_path(arrays), placed.shardings, strict=True):
+    for (path, leaf), sharding in zip(named_leaves(arrays), placed.shardings, strict=True):
         committed = isinstance(leaf, jax.Array) and getattr(leaf, "committed", False)
         if committed and not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
             rows.append([path, short(leaf), _place(leaf.sharding), f"expected {_place(sharding)}"])

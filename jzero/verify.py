@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jzero._errors import columns, explain
-from jzero._tree import is_key, leaves_with_path, short
+from jzero._tree import is_key, named_leaves, short
 from jzero.engine.statics import split_statics
 from jzero.shard import ShardedStep
 
@@ -67,7 +67,7 @@ def _whole(leaf: Any) -> Any:
 
 def _compare(actual: Any, expected: Any, rtol: float | None) -> list[Row]:
     different = []
-    for (path, old), new in zip(leaves_with_path(expected), jax.tree.leaves(actual), strict=True):
+    for (path, old), new in zip(named_leaves(expected), jax.tree.leaves(actual), strict=True):
         limit = _limit(old) if rtol is None else rtol
         error = _difference(old, new)
         if not error <= limit:

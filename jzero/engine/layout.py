@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jzero import roles, rules as placing
 from jzero._errors import explain
-from jzero._tree import leaves_with_path, short
+from jzero._tree import named_leaves, short
 from jzero._types import Placement
 from jzero.rules.batch import check_batch
 from jzero.stages import Stage
@@ -96,7 +96,7 @@ def check_same_state(before: Any, after: Any) -> None:
         found = [f"in:  {jax.tree.structure(before)}", f"out: {jax.tree.structure(after)}"]
         fix = "Return (state, aux) with a state of the structure that came in."
         raise TypeError(explain("jzero.shard", "the step returns a state of another structure", found=found, fix=fix))
-    rows = zip(leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    rows = zip(named_leaves(before), jax.tree.leaves(after), strict=True)
     wrong = [(path, old, new) for (path, old), new in rows if (old.shape, old.dtype) != (new.shape, new.dtype)]
     if wrong:
         found = [f"{path}   in {short(old)}, out {short(new)}" for path, old, new in wrong]
