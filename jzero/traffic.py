@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jzero.audit import moved
-from jzero.gather.facts import Use
+from jzero.gather.facts import Use, kept_use
 from jzero.stages import Stage
 
 # Linear in the parameter with a constant coefficient, so the backward pass does not read it.
@@ -72,10 +72,11 @@ def _by_leaf(stage: Stage, params: Sequence[Param], uses: list[Use], num_micro: 
     gathered = [param.num_elements if stage.gather == "step" else 0 for param in params]
     reduced = [param.num_elements if stage.reduce == "step" else 0 for param in params]
     levels: dict[tuple[int, tuple[int, ...]], int] = {}
+    kept = kept_use(uses)
     for use in uses:
         size = elements(use) * use.trips * num_micro
         if stage.gather == "use":
-            gathered[use.leaf] += size * num_gathers(use)
+            gathered[use.leaf] += size * (1 if use is kept else num_gathers(use))
         key = (use.leaf, use.level)  # uses that share a level are collected and reduced once
         levels[key] = max(levels.get(key, 0), size)
     if stage.reduce == "use":

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jzero import _compat
 from jzero.comm import Comm
-from jzero.gather.facts import Fact, Facts, Reading
+from jzero.gather.facts import Fact, Facts, Reading, Use, kept_use
 from jzero.gather.rewrite import Level, Tracked, run
 from jzero.gather.views import on_a_shard
 
@@ -34,8 +34,8 @@ class Parts(NamedTuple):
 class Differentiable:
     """The strategy of the composed engine; `reduce_dtype` is what gradients travel in."""
 
-    def __init__(self, reading: Reading, comm: Comm, reduce_dtype: Any):
-        self.reading, self.comm, self.reduce_dtype = reading, comm, reduce_dtype
+    def __init__(self, reading: Reading, comm: Comm, reduce_dtype: Any, kept: Use | None = None):
+        self.reading, self.comm, self.reduce_dtype, self.kept = reading, comm, reduce_dtype, kept
 
     def view(self, eqn: Any, tracked: Tracked, rest: Sequence[Any], leaving: Facts) -> list[Tracked]:
         fact = leaving[0]
@@ -62,7 +62,8 @@ class Differentiable:
 
         parts = [value.parts if isinstance(value, Tracked) else value for value in values]
         gathers = any(isinstance(value, Tracked) and value.parts.whole is None for value in values)
-        if level.in_remat or not gathers or eqn.effects:
+        kept = self.kept is not None and self.kept.eqn is eqn
+        if level.in_remat or not gathers or eqn.effects or kept:
             return apply(*parts)
         return jax.checkpoint(apply, prevent_cse=level.depth == 0)(*parts)
 
@@ -154,7 +155,7 @@ def differentiable(
     jaxpr: Any, facts: Facts, args: Sequence[Any], *, reading: Reading, comm: Comm, reduce_dtype: Any
 ) -> list[Any]:
     """Run a loss's jaxpr, where inputs with a fact are `Parts`; differentiate the result with respect to their sinks."""
-    strategy = Differentiable(reading, comm, reduce_dtype)
+    strategy = Differentiable(reading, comm, reduce_dtype, kept_use(list(reading.uses(jaxpr, facts))))
     values = [Tracked(fact, arg) if fact is not None else arg for fact, arg in zip(facts, args, strict=True)]
     out = run(strategy, jaxpr, strategy.enter_body(jaxpr, values), Level())
     return [strategy.whole(value) if isinstance(value, Tracked) else value for value in out]

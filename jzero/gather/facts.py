@@ -156,6 +156,15 @@ class Reading:
         return counts
 
 
+def kept_use(uses: Sequence[Use]) -> Use | None:
+    """The one use whose parameter may stay whole from forward to backward: the program's last, if it stands outside loops.
+
+    Its backward pass comes next (a language model's head), so keeping it saves a gather and costs no peak memory.
+    """
+    last = uses[-1] if uses else None
+    return last if last is not None and not last.level and not last.in_remat else None
+
+
 def inner_jaxpr(eqn: Any) -> Any:
     """The program inside a call, remat or custom-derivative equation."""
     name = INLINED.get(eqn.primitive.name) or CUSTOM_DERIVATIVES.get(eqn.primitive.name) or "jaxpr"

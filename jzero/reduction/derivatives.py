@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.extend import core as jax_core
 
 from jzero.reduction.programs import Context, is_literal
 from jzero.reduction.states import ONE, AnyState, Constant, Independent, Mixed, PerExample, Sum
@@ -32,7 +31,6 @@ def is_float(variable: Any) -> bool:
 def pullback(eqn: Any) -> tuple[Any, list[Any]]:
     """The jaxpr of `operands, cotangents -> cotangents` of one equation, floating-point ones only, and the operands."""
     operands = list(dict.fromkeys(v for v in eqn.invars if not is_literal(v)))
-    apply = jax_core.jaxpr_as_fun(jax_core.Jaxpr((), operands, eqn.outvars, [eqn], eqn.effects))
     floats = [i for i, v in enumerate(operands) if is_float(v)]
     kept = [i for i, v in enumerate(eqn.outvars) if is_float(v)]
 
@@ -41,7 +39,8 @@ def pullback(eqn: Any) -> tuple[Any, list[Any]]:
             full = list(args)
             for i, value in zip(floats, values, strict=True):
                 full[i] = value
-            outs = apply(*full)
+            known = dict(zip(operands, full, strict=True))
+            outs = bind(eqn, [v.val if is_literal(v) else known[v] for v in eqn.invars])
             return [outs[i] for i in kept]
 
         return jax.vjp(on_floats, *(args[i] for i in floats))[1](list(cotangents))
@@ -50,3 +49,12 @@ def pullback(eqn: Any) -> tuple[Any, list[Any]]:
         [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in vs] for vs in (operands, [eqn.outvars[i] for i in kept])
     ]
     return jax.make_jaxpr(pull)(*specs), operands
+
+
+# moves to _compat
+def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
+    """Run one equation on new arguments: jax 0.11 and later give `get_bind_params` one result or two."""
+    bound = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
+    outs = eqn.primitive.bind(*functions, *args, **params)
+    return list(outs) if eqn.primitive.multiple_results else [outs]
