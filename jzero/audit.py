@@ -96,7 +96,8 @@ def wire(found: Iterable[Collective], mesh: jax.sharding.Mesh, *, elements: bool
       mesh: names the axes. A collective over several is under their names joined by `+`.
       elements: count elements, where the back end changes dtypes (CPU).
       as_meant: count an all-reduce of which every device keeps one piece as the reduce-scatter that it stands for, as
-        the CPU and sometimes the TPU compiler write it, although it moves twice as much.
+        the CPU and sometimes the TPU compiler write it, although it moves twice as much; and one of padded shards, as the TPU
+        compiler writes small gathers, as the all-gather.
 
     Returns:
       Ring traffic: an all-gather, reduce-scatter or all-to-all of B bytes (the full side) among N moves B (N-1)/N, an
@@ -104,11 +105,18 @@ def wire(found: Iterable[Collective], mesh: jax.sharding.Mesh, *, elements: bool
     """
     table: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
     for one in found:
-        kind = "reduce-scatter" if as_meant and one.sliced else one.kind
+        kind = meaning(one) if as_meant else one.kind
         if hlo.group_size(one.groups) > 1:
             amount = (one.elements if elements else one.full_bytes) * (1 if one.count is None else one.count)
             table[hlo.axis_of(one.groups, mesh)][kind] += moved(kind, amount, hlo.group_size(one.groups))
     return {axis: dict(kinds) for axis, kinds in table.items()}
+
+
+def meaning(one: Collective) -> str:
+    """The kind that the program asked for, where the compiler wrote another."""
+    if one.kind != "all-reduce":
+        return one.kind
+    return "reduce-scatter" if one.sliced else "all-gather" if one.op_name.endswith("all_gather") else one.kind
 
 
 def moved(kind: str, amount: int, num_members: int) -> int:

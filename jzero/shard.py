@@ -194,6 +194,9 @@ def _strong(leaf: Any) -> Any:
 
 
 def _copy(leaf: Any, sharding: Any) -> jax.Array:
+    """`may_alias=False` from one device to a replicated sharding keeps the caller's buffer as that device's piece (jax 0.11.2)."""
+    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) == 1:
+        leaf = jax.device_put(leaf, leaf.sharding, may_alias=False) if sharding.is_fully_replicated else leaf
     return jax.device_put(leaf, sharding, may_alias=False)
 
 

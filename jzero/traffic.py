@@ -103,7 +103,7 @@ def opaque(stage: Stage, params: Sequence[tuple[int, Any, bool]], uses: Iterable
 
     Args:
       params: per leaf its elements, dtype, and whether it (or at stages 1 and 2 its optimizer state) is split.
-      uses: in the whole step, where forward and backward uses stand apart, so each gathers once.
+      uses: in the whole step, where forward and backward uses stand apart; those of one loop body or remat region share a gather.
     """
     kinds: defaultdict[str, int] = defaultdict(int)
     for size, dtype, is_split in params:
@@ -111,7 +111,16 @@ def opaque(stage: Stage, params: Sequence[tuple[int, Any, bool]], uses: Iterable
         kinds[kind] += moved(kind, size * jnp.dtype(dtype).itemsize, num_shards)
         if is_split and stage.gather == "step":
             kinds["all-gather"] += moved("all-gather", size * jnp.dtype(dtype).itemsize, num_shards)
-    for use in uses if stage.gather == "use" else ():
+    for use in _apart(uses) if stage.gather == "use" else ():
         size = elements(use) * use.trips * use.eqn.invars[use.operand].aval.dtype.itemsize
         kinds["all-gather"] += moved("all-gather", size, num_shards)
     return {"data": dict(kinds)} if num_shards > 1 else {}
+
+
+def _apart(uses: Iterable[Use]) -> list[Use]:
+    """Uses that need a gather of their own."""
+    found: dict[Any, Use] = {}
+    for index, use in enumerate(uses):
+        shares = bool(use.level) or use.in_remat
+        found.setdefault((use.level, id(use.eqn.invars[use.operand])) if shares else index, use)
+    return list(found.values())

@@ -1,6 +1,7 @@
 """GPT-2 and Llama: published sizes, scan against unrolled, causality, dtypes, the padded vocabulary."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from jzero import models
+from jzero.models.layers import choose_attention
+from jzero.models.matmul import matmul, matmul_transposed
 
 # openai/gpt-2 and meta-llama's model cards, counted as transformers counts them.
 PUBLISHED = {
@@ -89,6 +92,19 @@ def test_embed_layer_and_head_are_the_model(name):
     for layer in models.unstack(params["layers"]):
         x = layer_fn(x, layer)
     np.testing.assert_allclose(model.head(params, x), model.apply(params, tokens), atol=1e-5)
+
+
+def test_matmul_gradients_are_those_of_a_plain_product():
+    x, kernel, g = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 5, 6), (6, 7), (2, 5, 7)]))
+    for ours, plain, weight in ((matmul, jnp.dot, kernel), (matmul_transposed, lambda x, w: x @ w.T, kernel.T)):
+        got, expected = (jax.jit(jax.grad(lambda x, w, f=f: jnp.sum(f(x, w) * g), (0, 1)))(x, weight) for f in (ours, plain))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+
+
+def test_attention_implementation_is_chosen_by_device_and_dtype():
+    assert choose_attention(jnp.float32) == choose_attention(jnp.bfloat16) == "plain"  # these devices are CPUs
+    with mock.patch("jax.default_backend", return_value="gpu"):
+        assert [choose_attention(dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)] == ["plain", "cudnn", "cudnn"]
 
 
 def test_flops_per_token_is_the_stated_formula():

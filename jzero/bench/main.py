@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jzero.bench import contenders, training
 from jzero.bench import plot as plots
 from jzero.bench.options import Options, parse
-from jzero.bench.peak import peak
+from jzero.bench.peak import higher, peak
 from jzero.bench.results import device_name, results
 from jzero.bench.setup import Setup, batches, resolve
 from jzero.bench.start import get_devices, simulated
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def bench(setup: Setup, console: Console, *, words: Sequence[str] = ()) -> dict[str, Any]:
     """Train every contender and return the figures (`results.results`)."""
-    options, rate = setup.options, peak(list(setup.mesh.devices.flat))
+    options, devices = setup.options, list(setup.mesh.devices.flat)
+    before = peak(devices)
     prepare = {"plain JAX": partial(contenders.plain, setup)} if options.plain else {}
     prepare |= {f"stage {stage}": partial(contenders.staged, setup, stage=stage) for stage in options.stages}
     small = training.fits_side_by_side(setup.model.num_params, setup.num_devices, len(prepare))
@@ -62,7 +63,7 @@ def bench(setup: Setup, console: Console, *, words: Sequence[str] = ()) -> dict[
                 progress.update(task, advance=1, description=f"training {event.label}, loss {event.losses[-1]:.3f}")
 
         trials = training.run(prepare, partial(batches, setup), options.steps, side_by_side=simulated() and small, tick=tick)
-    return results(setup, trials, rate, simulated=simulated(), words=words)
+    return results(setup, trials, higher(before, peak(devices)), simulated=simulated(), words=words)
 
 
 def _console() -> Console:

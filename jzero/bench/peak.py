@@ -30,6 +30,11 @@ class Peak(NamedTuple):
     source: str
 
 
+def higher(one: Peak, other: Peak) -> Peak:
+    """Of two measurements the better: other work on the machine only ever lowers one."""
+    return max(one, other)
+
+
 def peak(devices: list[jax.Device]) -> Peak:
     """The peak that a device's MFU is measured against."""
     device = devices[0]

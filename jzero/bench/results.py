@@ -1,7 +1,7 @@
 """The figures of a finished bench as plain data: what `--json` writes and table and picture show."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,8 +28,8 @@ def results(setup: Setup, trials: Sequence[Trial], peak: Peak, *, simulated: boo
 
 def device_name(setup: Setup, *, simulated: bool) -> str:
     """`8 x NVIDIA H100 80GB HBM3`, or that the devices are simulated."""
-    kind = "simulated CPU device" if simulated else setup.mesh.devices.flat[0].device_kind
-    return f"{setup.num_devices} x {kind}" if setup.num_devices > 1 else kind
+    kind, num = setup.mesh.devices.flat[0].device_kind, setup.num_devices
+    return f"{num} simulated CPU devices" if simulated else f"{num} x {kind}" if num > 1 else kind
 
 
 def _run(setup: Setup, trial: Trial, peak: Peak) -> dict[str, Any]:
@@ -47,8 +47,17 @@ def _run(setup: Setup, trial: Trial, peak: Peak) -> dict[str, Any]:
         "mfu": rate * setup.model.flops_per_token(setup.seq) / peak.flops,
         "flops_formula": FLOPS_FORMULA,
         **trial.costs,
+        "peak_bytes": _peak_bytes(trial.costs, setup),
         "losses": trial.losses,
     }
+
+
+def _peak_bytes(costs: Mapping[str, Any], setup: Setup) -> int:
+    """The compiler's figure; XLA:CPU leaves temporaries out of it, so there at least what rests plus those."""
+    if setup.mesh.devices.flat[0].platform != "cpu":
+        return costs["peak_bytes"]
+    resting = sum(figure["measured"] for figure in costs["bytes_at_rest"].values())
+    return max(costs["peak_bytes"], resting + costs["temp_bytes"])
 
 
 def _shared(setup: Setup, peak: Peak, *, simulated: bool) -> dict[str, Any]:

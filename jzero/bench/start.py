@@ -1,5 +1,6 @@
 """How the bench gets its devices: a cluster's, this machine's accelerators, or simulated CPU devices."""
 
+import glob
 import math
 import os
 import sys
@@ -15,6 +16,8 @@ _MARK = "JZERO_BENCH_SIMULATES"
 # quarter of the step. One arena, no mmap, no trimming keeps the memory. Read by the C library when a process starts.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 * 1024**3)}
 NUM_SIMULATED = 8
+# NVIDIA's driver, NVIDIA under WSL, AMD's, and TPUs by either of their drivers.
+_DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 
 def simulation_environment(environ: Mapping[str, str], num_devices: int) -> dict[str, str]:
@@ -35,6 +38,7 @@ def simulated() -> bool:
 def get_devices(options: Options, words: Sequence[str]) -> list[jax.Device]:
     """All devices to use. Without an accelerator, starts this program anew, once, with simulated devices."""
     if not simulated():
+        _skip_absent_accelerators()
         _join_cluster()
         if jax.default_backend() == "cpu" and jax.process_count() == 1:
             environ = simulation_environment(os.environ, options.devices or _num_in_mesh(options.mesh))
@@ -46,6 +50,15 @@ def get_devices(options: Options, words: Sequence[str]) -> list[jax.Device]:
 def _num_in_mesh(sizes: Mapping[str, int]) -> int:
     product = math.prod(sizes.values())
     return product if "data" in sizes else max(product, NUM_SIMULATED)
+
+
+def _skip_absent_accelerators() -> None:
+    """Where no accelerator has a device file, CUDA's and TPU's compile-only plugins (extra `compile`) need not be asked.
+
+    They would print tracebacks. `JAX_PLATFORMS` in the environment wins, for devices that this does not know.
+    """
+    if sys.platform == "linux" and "JAX_PLATFORMS" not in os.environ and not any(glob.glob(one) for one in _DEVICE_FILES):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def _join_cluster() -> None:

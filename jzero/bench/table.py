@@ -16,13 +16,13 @@ _ROLES = ("params", "opt_state", "batch", "other")
 def table(found: Mapping[str, Any]) -> RenderableType:
     """Everything that a bench prints when it is done."""
     runs = found["runs"]
-    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=_title(found), title_justify="left")
+    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     rows.add_column("", no_wrap=True)
     for run in runs:
         rows.add_column(label(run), justify="right", no_wrap=True)
     for name, cells in _rows(runs):
         rows.add_row(*map(Text, (name, *cells)))  # not markup: "[min..max]" would be a tag
-    return Group(rows, *map(Text, _notes(found)))
+    return Group(Text(_title(found)), rows, *map(Text, _notes(found)))
 
 
 def label(run: Mapping[str, Any]) -> str:
@@ -76,7 +76,7 @@ def _amount(figure: Mapping[str, Any] | None) -> float:
 
 def _figure(figure: Mapping[str, Any] | None) -> str:
     """`12.3 MB (12.3 MB)`: measured, then the formula's."""
-    if not _amount(figure):
+    if figure is None or not _amount(figure):
         return "-"
     return human(figure["measured"]) + ("" if figure["formula"] is None else f" ({human(figure['formula'])})")
 
@@ -87,15 +87,28 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
         "Bytes are per device: measured on the compiled program (formula of the stage); on the wire per step, ring algorithm.",
         f"MFU: {runs[0]['flops_formula']}; peak {shared['peak_source']}.",
         f"Attention: {shared['attention']}. Data: {shared['data']}. First steps are not timed.",
-        _agreement(runs),
+        *_agreement(runs),
     ]
     if shared["simulated"]:
         lines.append(
             "Simulated devices share this machine's cores: compare times within this run only; sharding saves none here."
         )
-    return [*lines, *(f"{label(run)}: {finding}" for run in runs for finding in run["findings"])]
+        if runs[0]["precision"].startswith("bf16"):
+            lines.append("XLA:CPU widens bf16 collectives to fp32: on the wire twice what the formula says.")
+    return [*lines, *_findings(runs)]
 
 
-def _agreement(runs: list[Mapping[str, Any]]) -> str:
-    pairs = [abs(a - b) for run in runs for a, b in zip(run["losses"], runs[0]["losses"], strict=True)]
-    return f"Losses differ from {label(runs[0])} by at most {max(pairs):.1e} over {len(runs[0]['losses'])} steps."
+def _findings(runs: list[Mapping[str, Any]]) -> list[str]:
+    """Each finding once, with the runs that have it."""
+    labels: dict[str, list[str]] = {}
+    for run in runs:
+        for finding in run["findings"]:
+            labels.setdefault(finding, []).append(label(run))
+    return [f"{', '.join(names)}: {finding}" for finding, names in labels.items()]
+
+
+def _agreement(runs: list[Mapping[str, Any]]) -> list[str]:
+    if len(runs) == 1:
+        return []
+    apart = [abs(a - b) for run in runs for a, b in zip(run["losses"], runs[0]["losses"], strict=True)]
+    return [f"Losses differ from {label(runs[0])} by at most {max(apart):.1e} over {len(runs[0]['losses'])} steps."]

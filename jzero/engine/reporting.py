@@ -29,12 +29,12 @@ def report(fn: Any, layout: Layout, options: Options, trace: Trace, compiled: An
         engine=_engine(fn, trace),
         mesh=dict(options.mesh.shape),
         bytes_at_rest=resting,
-        wire_bytes=_side_by_side(measured.wire_bytes, formula),
+        wire_bytes=_side_by_side(audits.wire(measured.collectives, options.mesh, as_meant=True), formula),
         temp_bytes=measured.temp_bytes,
         peak_bytes=measured.peak_bytes,
         leaves=_leaves(layout),
         findings=_findings(layout, options, trace, measured),
-        programs={"wire_elements": measured.wire_elements, "argument_bytes": measured.argument_bytes, "alias_bytes": measured.alias_bytes},
+        programs={"wire_bytes_as_compiled": measured.wire_bytes, "wire_elements": measured.wire_elements, "argument_bytes": measured.argument_bytes, "alias_bytes": measured.alias_bytes},
     )
 
 
@@ -136,6 +136,9 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
         found += whole[:10] + ([f"... and {len(whole) - 10} more parameters stay whole: see leaf_table()"] if len(whole) > 10 else [])
         if not any(_has_data(layout.split(index)) for index in range(len(layout.avals))):
             found.append(f"stage {options.stage.number} shards nothing: no leaf is large enough and divisible")
+    respelled = [one for one in measured.collectives if audits.meaning(one) != one.kind]
+    if respelled:
+        found.append(f"the compiler wrote {len(respelled)} reduce-scatters or gathers as all-reduces, which move twice the bytes counted above")
     found += [f"nobody asked for: {audits.describe(one, options.mesh)}" for one in audits.shuffles(measured)[:10]]
     found += [f"in a loop of unknown length, counted once: {audits.describe(one, options.mesh)}" for one in audits.unknown_loops(measured)[:10]]
     return found

@@ -38,7 +38,16 @@ class Constrained:
 
     def use(self, eqn: Any, values: Sequence[Any], needed: Sequence[bool], level: Level) -> list[Any]:
         values = self._apart_from_earlier_uses(values, needed, level)
-        return _compat.bind(eqn, [self.whole(value) if isinstance(value, Tracked) else value for value in values])
+        return _compat.bind(eqn, [self._once(value, level) if isinstance(value, Tracked) else value for value in values])
+
+    def _once(self, tracked: Tracked, level: Level) -> Any:
+        """Inside a loop body or remat region one gather serves all uses, as a recomputed forward use and its backward use."""
+        if not (level.depth or level.in_remat):
+            return self.whole(tracked)
+        key = id(tracked.parts)
+        if key not in level.gathered:
+            level.gathered[key] = (tracked.parts, self.whole(tracked))
+        return level.gathered[key][1]
 
     def _apart_from_earlier_uses(self, values: Sequence[Any], needed: Sequence[bool], level: Level) -> Sequence[Any]:
         """A second use outside loops is mostly the backward pass. Tie its shard to the other operands, or the compiler merges

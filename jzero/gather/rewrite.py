@@ -41,6 +41,7 @@ class Level:
     def __init__(self, depth: int = 0, in_remat: bool = False):
         self.depth, self.in_remat = depth, in_remat
         self.used: set[Any] = set()
+        self.gathered: dict[int, tuple[Any, Any]] = {}  # id of a shard -> the shard itself, and its whole
 
     def loop(self) -> "Level":
         return Level(self.depth + 1, self.in_remat)

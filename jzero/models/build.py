@@ -15,7 +15,7 @@ from jzero.models.layers import Attention, run_layers
 from jzero.models.llama import LlamaLayer, LlamaOuter
 from jzero.models.loss import next_token_loss
 
-_MODULES = {GPT2Config: (GPT2Layer, GPT2Outer), LlamaConfig: (LlamaLayer, LlamaOuter)}
+_MODULES: dict[type, tuple[Any, Any]] = {GPT2Config: (GPT2Layer, GPT2Outer), LlamaConfig: (LlamaLayer, LlamaOuter)}
 
 FLOPS_FORMULA = (
     "6 N + 12 L d T per token; N = parameters that multiply (no position table, an untied embedding not), d = heads x head dim"
@@ -36,9 +36,7 @@ class Model(NamedTuple):
     head: Callable[[Any, jax.Array], jax.Array]  # params, x -> logits, padding included
 
 
-def build(
-    model: str | ModelConfig, *, scan_layers: bool = True, attention: Attention | None = None, **changes: object
-) -> Model:
+def build(model: str | ModelConfig, *, scan_layers: bool = True, attention: Attention | None = None, **changes: Any) -> Model:
     """A GPT-2 or Llama as pure functions.
 
     Args:
@@ -73,7 +71,7 @@ def build(
         layers = jax.vmap(lambda one: _params(make_layer(one)))(keys)
         return {**_params(make_outer(outer_key)), "layers": layers if scan_layers else unstack(layers)}
 
-    def outer(params: Any) -> nnx.Module:
+    def outer(params: Any) -> Any:
         return nnx.merge(outer_def, {name: part for name, part in params.items() if name != "layers"})
 
     def embed(params: Any, tokens: jax.Array) -> jax.Array:

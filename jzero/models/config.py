@@ -1,6 +1,7 @@
 """Shapes of the models as published, by name. A preset is a value: `replace` it for anything in between."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jzero._errors import explain, suggest
 
@@ -79,7 +80,7 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
-def preset(name: str, **changes: object) -> ModelConfig:
+def preset(name: str, **changes: Any) -> ModelConfig:
     """The preset called `name`, with fields replaced.
 
     Raises:
@@ -98,7 +99,7 @@ def preset(name: str, **changes: object) -> ModelConfig:
     return _replaced(PRESETS[name], changes)
 
 
-def _replaced(config: ModelConfig, changes: dict[str, object]) -> ModelConfig:
+def _replaced(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
     fields = type(config).__dataclass_fields__
     unknown = [field for field in changes if field not in fields]
     if unknown:

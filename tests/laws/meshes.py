@@ -1,0 +1,15 @@
+"""The meshes that laws are tried on."""
+
+import math
+
+import jax
+
+import jzero
+
+# name -> axis sizes; 1 shards nothing, 3 divides neither 8 nor the devices, and the last repeats shards over replicas
+MESHES = {"1": {"data": 1}, "2": {"data": 2}, "3": {"data": 3}, "8": {"data": 8}, "2x4": {"replica": 2, "data": 4}}
+
+
+def make(name):
+    sizes = MESHES[name]
+    return jzero.make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])

@@ -1,0 +1,79 @@
+"""A scanned GPT small enough to compile in a second, of dims that 3 and 8 divide, with leaves that stay whole beside ones that shard."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jzero
+
+WIDTH, HEADS, LAYERS, LENGTH, VOCAB = 24, 3, 2, 8, 48
+ROWS = 96  # the batch axes times accumulate of every mesh divide it: 8 x 4, 3 x 4
+MIN_SHARD_ELEMENTS = 300  # embeddings and matrices shard, norms and biases do not
+
+
+def make_params(key, *, tied):
+    """Drawn so that the gradient's norm is above one, or clipping to one would do nothing."""
+    keys = iter(jax.random.split(key, 8))
+    draw = lambda *shape, scale=1.0: jax.random.normal(next(keys), shape) * scale / np.sqrt(shape[-2])
+    layers = {
+        "norm1": jnp.ones((LAYERS, WIDTH)),
+        "qkv": draw(LAYERS, WIDTH, 3 * WIDTH),
+        "qkv_bias": jnp.zeros((LAYERS, 3 * WIDTH)),  # a third of it, the key's, has a true gradient of zero
+        "out": draw(LAYERS, WIDTH, WIDTH),
+        "norm2": jnp.ones((LAYERS, WIDTH)),
+        "up": draw(LAYERS, WIDTH, 4 * WIDTH),
+        "up_bias": jnp.zeros((LAYERS, 4 * WIDTH)),
+        "down": draw(LAYERS, 4 * WIDTH, WIDTH),
+    }
+    params = {
+        "embed": jax.random.normal(next(keys), (VOCAB, WIDTH)),
+        "positions": jax.random.normal(next(keys), (2 * LENGTH, WIDTH)) / 4,  # twice as long as used: sliced on a dim
+        "layers": layers,
+        "norm": jnp.ones(WIDTH),
+    }
+    return params if tied else {**params, "head": draw(WIDTH, VOCAB)}
+
+
+def _norm(x, scale):
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * scale
+
+
+def _attention(x, p):
+    q, k, v = jnp.split((x @ p["qkv"] + p["qkv_bias"]).reshape(*x.shape[:2], HEADS, -1), 3, axis=-1)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+    scores = jnp.where(jnp.tri(x.shape[1], dtype=bool), scores, -1e4)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v).reshape(x.shape) @ p["out"]
+
+
+def _layer(x, p):
+    x = x + _attention(_norm(x, p["norm1"]), p)
+    return x + jax.nn.gelu(_norm(x, p["norm2"]) @ p["up"] + p["up_bias"]) @ p["down"], None
+
+
+def token_losses(params, tokens):
+    """float32[rows, LENGTH - 1]"""
+    x = params["embed"][tokens[:, :-1]] + params["positions"][: tokens.shape[1] - 1]
+    x, _ = jax.lax.scan(_layer, x, params["layers"])
+    head = params["head"] if "head" in params else params["embed"].T / np.sqrt(WIDTH).astype(params["embed"].dtype)
+    logits = (_norm(x, params["norm"]) @ head).astype(jnp.float32)
+    return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+
+
+def mean_loss(params, tokens, mask):
+    return jnp.mean(token_losses(params, tokens))
+
+
+def weighted_loss(params, tokens, mask):
+    return jzero.weighted(jnp.sum(mask * token_losses(params, tokens)), jnp.sum(mask))
+
+
+LOSSES = {"mean": mean_loss, "weighted": weighted_loss}
+
+
+def batch(seed=0):
+    """Tokens, and masks that leave some rows nothing and others everything; shards and microbatches get unequal weights."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, VOCAB, (ROWS, LENGTH), np.int32)
+    lengths = random.integers(0, LENGTH, ROWS) * (np.arange(ROWS) % 3 > 0)
+    return tokens, (np.arange(LENGTH - 1) < lengths[:, None]).astype(np.float32)
