@@ -20,8 +20,10 @@ from jzero.topology_specs import ALIASES, GPUS, TPUS, GpuSpec, TpuSpec, target_c
 _EXAMPLES = "v5e:4x4, v5p:4x4x4, v5e:16x16*2 (two slices), h100:2x8 (hosts x devices per host)"
 _TARGET = re.compile(r"(?P<model>[a-z0-9-]+):(?P<grid>\d+(?:x\d+)*)(?:\*(?P<slices>\d+))?")
 
-# libtpu looks for the machine it runs on and complains where there is none; read once, when it is loaded.
+# libtpu reads these once, when it is loaded. It looks for the machine it runs on and complains where there is none, and it
+# lets one process at a time load it, for the sake of chips that nobody asks for here (two test workers are two processes).
 _TPU_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -51,8 +53,8 @@ def topology(target: str) -> list[jax.Device]:
     Returns:
       The devices, slice by slice and host by host. Give them to `jzero.make_mesh(devices=...)` or `jax.make_mesh`.
 
-    Sets `TPU_SKIP_MDS_QUERY`, `TPU_ACCELERATOR_TYPE` and `TPU_WORKER_HOSTNAMES` for the length of the call where they are
-    not set (libtpu reads them when it loads). Set `JAX_PLATFORMS=cpu` before jax is imported, or jax looks for a GPU.
+    Sets `TPU_SKIP_MDS_QUERY`, `TPU_ACCELERATOR_TYPE`, `TPU_WORKER_HOSTNAMES` and `ALLOW_MULTIPLE_LIBTPU_LOAD` for the length
+    of the call where they are not set (libtpu reads them when it loads). Set `JAX_PLATFORMS=cpu` before jax is imported, or jax looks for a GPU.
 
     Raises:
       ValueError: the target is not known or not a shape the compiler accepts.

@@ -37,23 +37,29 @@ class Constrained:
         return Tracked(leaving, _compat.bind(eqn, args)[0])
 
     def use(self, eqn: Any, values: Sequence[Any], needed: Sequence[bool], level: Level) -> list[Any]:
-        values = self._apart_from_earlier_uses(values, needed, level)
-        return _compat.bind(eqn, [self._once(value, level) if isinstance(value, Tracked) else value for value in values])
+        roots = tuple(value.fact.root for value, need in zip(values, needed, strict=True) if need)
+        if not self._shares(roots, level):
+            values = self._apart_from_earlier_uses(values, needed, level)
+        out = [self._once(value, level, roots) if isinstance(value, Tracked) else value for value in values]
+        level.latest = roots
+        level.used.update(roots)
+        return _compat.bind(eqn, out)
 
-    def _once(self, tracked: Tracked, level: Level) -> Any:
-        """Inside a loop body or remat region one gather serves all uses, as a recomputed forward use and its backward use."""
-        if not (level.depth or level.in_remat):
-            return self.whole(tracked)
+    def _shares(self, roots: tuple[int, ...], level: Level) -> bool:
+        """Inside a loop body or remat region one gather serves all uses, as a recomputed forward use and its backward use.
+        Outside, only a backward use that follows its forward use at once, as a language model's head does."""
+        return bool(level.depth) or level.in_remat or level.latest == roots
+
+    def _once(self, tracked: Tracked, level: Level, roots: tuple[int, ...]) -> Any:
         key = id(tracked.parts)
-        if key not in level.gathered:
+        if key not in level.gathered or not self._shares(roots, level):
             level.gathered[key] = (tracked.parts, self.whole(tracked))
         return level.gathered[key][1]
 
     def _apart_from_earlier_uses(self, values: Sequence[Any], needed: Sequence[bool], level: Level) -> Sequence[Any]:
         """A second use outside loops is mostly the backward pass. Tie its shard to the other operands, or the compiler merges
         both gathers and the whole weight lives from forward to backward."""
-        again = [need and not level.depth and not level.in_remat and value.fact.root in level.used for value, need in zip(values, needed, strict=True)]
-        level.used.update(value.fact.root for value, need in zip(values, needed, strict=True) if need)
+        again = [need and value.fact.root in level.used for value, need in zip(values, needed, strict=True)]
         others = [index for index, value in enumerate(values) if not isinstance(value, Tracked) and hasattr(value, "aval")]
         if not any(again) or not others:
             return values

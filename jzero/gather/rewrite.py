@@ -40,6 +40,7 @@ class Level:
 
     def __init__(self, depth: int = 0, in_remat: bool = False):
         self.depth, self.in_remat = depth, in_remat
+        self.latest: Any = None  # which parameter was used last, if nothing else was since
         self.used: set[Any] = set()
         self.gathered: dict[int, tuple[Any, Any]] = {}  # id of a shard -> the shard itself, and its whole
 
@@ -84,6 +85,7 @@ def _step(strategy: Strategy, eqn: Any, inputs: list[Any], facts: Facts, level: 
         case "use":
             return strategy.use(eqn, inputs, needed, level)
         case kind:
+            level.latest = None
             ready = [strategy.whole(value) if need else value for value, need in zip(inputs, needed, strict=True)]
             return _NESTED[kind](strategy, eqn, ready, transfer, level)
 

@@ -13,30 +13,26 @@ MIN_SHARD_ELEMENTS = 300  # embeddings and matrices shard, norms and biases do n
 
 def make_params(key, *, tied):
     """Drawn so that the gradient's norm is above one, or clipping to one would do nothing."""
-    keys = iter(jax.random.split(key, 8))
+    keys = iter(jax.random.split(key, 7))
     draw = lambda *shape, scale=1.0: jax.random.normal(next(keys), shape) * scale / np.sqrt(shape[-2])
     layers = {
-        "norm1": jnp.ones((LAYERS, WIDTH)),
+        "norms": jnp.ones((LAYERS, 2, WIDTH)),
         "qkv": draw(LAYERS, WIDTH, 3 * WIDTH),
         "qkv_bias": jnp.zeros((LAYERS, 3 * WIDTH)),  # a third of it, the key's, has a true gradient of zero
         "out": draw(LAYERS, WIDTH, WIDTH),
-        "norm2": jnp.ones((LAYERS, WIDTH)),
         "up": draw(LAYERS, WIDTH, 4 * WIDTH),
-        "up_bias": jnp.zeros((LAYERS, 4 * WIDTH)),
         "down": draw(LAYERS, 4 * WIDTH, WIDTH),
     }
     params = {
         "embed": jax.random.normal(next(keys), (VOCAB, WIDTH)),
         "positions": jax.random.normal(next(keys), (2 * LENGTH, WIDTH)) / 4,  # twice as long as used: sliced on a dim
         "layers": layers,
-        "norm": jnp.ones(WIDTH),
     }
     return params if tied else {**params, "head": draw(WIDTH, VOCAB)}
 
 
-def _norm(x, scale):
-    x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * scale
+def _norm(x):
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
 
 
 def _attention(x, p):
@@ -47,8 +43,8 @@ def _attention(x, p):
 
 
 def _layer(x, p):
-    x = x + _attention(_norm(x, p["norm1"]), p)
-    return x + jax.nn.gelu(_norm(x, p["norm2"]) @ p["up"] + p["up_bias"]) @ p["down"], None
+    x = x + _attention(_norm(x) * p["norms"][0], p)
+    return x + jax.nn.relu(_norm(x) * p["norms"][1] @ p["up"]) @ p["down"], None
 
 
 def token_losses(params, tokens):
@@ -56,7 +52,7 @@ def token_losses(params, tokens):
     x = params["embed"][tokens[:, :-1]] + params["positions"][: tokens.shape[1] - 1]
     x, _ = jax.lax.scan(_layer, x, params["layers"])
     head = params["head"] if "head" in params else params["embed"].T / np.sqrt(WIDTH).astype(params["embed"].dtype)
-    logits = (_norm(x, params["norm"]) @ head).astype(jnp.float32)
+    logits = (_norm(x) @ head).astype(jnp.float32)
     return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
 
 
