@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,12 @@ def versions() -> dict[str, str]:
     import jax
     import jaxlib
 
-    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": sys.version.split()[0], "cores": str(os.cpu_count())}
+    return {
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": sys.version.split()[0],
+        "cores": str(os.cpu_count()),
+    }
 
 
 # the model: a scanned GPT-like stack, the gather written by hand in the rival ---------------------------------------
@@ -105,7 +111,12 @@ def rivals(devices: int) -> tuple[Any, Any, Any, Any]:
         by_hand, in_shardings=(shardings, batch), out_shardings=(shardings, None), donate_argnums=0,
         compiler_options=compiler.options(mesh),
     )  # fmt: skip
-    return ours, theirs, ours.place(state), jax.tree.map(lambda leaf, where: jax.device_put(leaf, where, may_alias=False), state, shardings)
+    return (
+        ours,
+        theirs,
+        ours.place(state),
+        jax.tree.map(lambda leaf, where: jax.device_put(leaf, where, may_alias=False), state, shardings),
+    )
 
 
 def step_time(devices: int, steps: int) -> dict[str, Any]:
@@ -144,7 +155,9 @@ def call_overhead(calls: int = 2000) -> dict[str, float]:
 
     ours = jzero.shard(step, stage=0, mesh=jzero.make_mesh(data=1, devices=jax.devices()[:1]))
     placed = ours.place(state)
-    theirs = jax.jit(step, donate_argnums=0, in_shardings=(ours.shardings(state), None), out_shardings=(ours.shardings(state), None))
+    theirs = jax.jit(
+        step, donate_argnums=0, in_shardings=(ours.shardings(state), None), out_shardings=(ours.shardings(state), None)
+    )
     other, x = ours.place(state), jnp.zeros((8,))
     blocks: dict[str, list[float]] = {"jzero": [], "jit": []}
     for _ in range(20):
@@ -153,7 +166,10 @@ def call_overhead(calls: int = 2000) -> dict[str, float]:
         other, elapsed = _timed(theirs, other, x, calls // 20)
         blocks["jit"].append(elapsed)
     medians = {name: 1e6 * statistics.median(values) for name, values in blocks.items()}
-    return {"overhead_us": round(medians["jzero"] - medians["jit"], 1), **{f"{name}_us": round(value, 1) for name, value in medians.items()}}
+    return {
+        "overhead_us": round(medians["jzero"] - medians["jit"], 1),
+        **{f"{name}_us": round(value, 1) for name, value in medians.items()},
+    }
 
 
 def _timed(fn: Any, state: Any, x: Any, calls: int) -> tuple[Any, float]:
@@ -174,7 +190,7 @@ def compile_time(devices: int, repeats: int = 5) -> dict[str, float]:
     times: dict[str, list[float]] = {"jzero": [], "by hand": []}
     for _ in range(repeats):
         ours, theirs, mine, other = rivals(devices)
-        for name, lower in (("jzero", lambda: ours.lower(mine, tokens)), ("by hand", lambda: theirs.lower(other, tokens))):
+        for name, lower in (("jzero", partial(ours.lower, mine, tokens)), ("by hand", partial(theirs.lower, other, tokens))):
             jax.clear_caches()
             start = time.perf_counter()
             lower().compile()

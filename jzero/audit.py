@@ -69,7 +69,7 @@ def audit(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> Audit:
       >>> audit(jax.jit(jnp.sum).lower(x).compile(), mesh).wire_bytes
       {'data': {'all-reduce': 6}}
     """
-    module = hlo.parse(compiled.as_text())
+    module = hlo.parse(compiled.as_text() or "")
     found = hlo.collectives(module, num_devices=mesh.devices.size)
     memory = compiled.memory_analysis()
     get = lambda name: int(getattr(memory, f"{name}_in_bytes", 0))

@@ -61,7 +61,9 @@ def get(precision: "str | PrecisionPolicy") -> PrecisionPolicy:
     if precision not in PRESETS:
         found = [f"precision={precision!r}"]
         fix = "Name a preset or pass jzero.PrecisionPolicy(param, compute, reduce, accumulate, moments)."
-        raise ValueError(explain("jzero.make_train_step", "unknown precision", found=found, context=suggest(precision, PRESETS), fix=fix))
+        raise ValueError(
+            explain("jzero.make_train_step", "unknown precision", found=found, context=suggest(precision, PRESETS), fix=fix)
+        )
     return PRESETS[precision]
 
 

@@ -76,7 +76,7 @@ def human(num_bytes: float | None) -> str:
     return f"{num_bytes:.0f} B"
 
 
-def _figures(names: tuple[str, ...], rows: list[tuple[tuple[str, ...], Figure]]) -> Table:
+def _figures(names: tuple[str, ...], rows: Sequence[tuple[tuple[str, ...], Figure]]) -> Table:
     """Measured beside formula, and how they compare."""
     table = _table(*names, right=("measured", "formula", "ratio"))
     for row, figure in rows:
@@ -89,7 +89,12 @@ def _figures(names: tuple[str, ...], rows: list[tuple[tuple[str, ...], Figure]])
 def _table(*left: str, right: tuple[str, ...] = (), last: tuple[str, ...] = ()) -> Table:
     """Columns that stay whole, then numbers, then columns that may break over lines."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for names, settings in ((left, {"no_wrap": True}), (right, {"no_wrap": True, "justify": "right"}), (last, {})):
+    kinds: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+        (left, {"no_wrap": True}),
+        (right, {"no_wrap": True, "justify": "right"}),
+        (last, {}),
+    )
+    for names, settings in kinds:
         for name in names:
             table.add_column(name, overflow="fold", **settings)
     return table

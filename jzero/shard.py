@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial, wraps
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +156,7 @@ class ShardedStep:
     def _train_step(self, statics: Statics) -> TrainStep:
         """The composed step with what only sharding knows: the remat policy, and static leaves that the loss wants back."""
         step, policy = self.fn, self._options.remat
+        assert isinstance(step, TrainStep)
         if statics:
             _, inside = split_statics(jax.tree.unflatten(statics.treedef, statics.full(None)).params)
             step = step.with_loss(lambda loss: _given(loss, inside))
@@ -194,7 +195,7 @@ def _strong(leaf: Any) -> Any:
 
 
 def _copy(leaf: Any, sharding: Any) -> jax.Array:
-    """`may_alias=False` from one device to a replicated sharding keeps the caller's buffer as that device's piece (jax 0.11.2)."""
+    """`may_alias=False` from one device to a replicated sharding keeps the caller's buffer as one piece (jax 0.11.2)."""
     if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) == 1:
         leaf = jax.device_put(leaf, leaf.sharding, may_alias=False) if sharding.is_fully_replicated else leaf
     return jax.device_put(leaf, sharding, may_alias=False)
@@ -238,15 +239,16 @@ def shard(
     offload: Any = None,
     schedule: Any = None,
     min_shard_elements: int = 1024,
-    on_indivisible: str = "replicate",
+    on_indivisible: Literal["replicate", "error"] = "replicate",
     donate: bool = True,
     strict: bool = True,
 ) -> Any:
     """A train step under ZeRO stage 0, 1, 2 or 3. Nothing else changes: not the model, not the optimizer, not the loop.
 
-    With N = size of the mesh axis `data`, Psi parameters, fp32 state and Adam, per device at rest: stage 0 12 Psi bytes; from stage 1
-    on 12 Psi / N (an opaque step keeps its own parameters whole at 1 and 2). Moved per step: stages 0 and 1 one reduction of the
-    gradients, stage 1 and 2 one gather of the parameters, stage 2 and 3 a reduction per microbatch, stage 3 a gather at each use.
+    With N = size of the mesh axis `data`, Psi parameters, fp32 state and Adam, per device at rest: 12 Psi bytes at
+    stage 0, 12 Psi / N from stage 1 on (an opaque step keeps its own parameters whole at 1 and 2). Moved per step: one
+    reduction of the gradients at 0 and 1, one per microbatch at 2 and 3; one gather of the parameters at 1 and 2, one at
+    each use at 3.
 
     Args:
       fn: `fn(state, *batch) -> (state, aux)`, or a `TrainStep` of `jzero.make_train_step`. Left out, `shard` is a decorator.
@@ -292,7 +294,11 @@ def shard(
         )  # fmt: skip
     row = stages.get(stage)
     if not callable(fn):
-        raise TypeError(explain(WHO, "a step is callable", found=[f"got {type(fn).__name__}"], fix="shard(fn, stage=3) with fn(state, *batch)."))
+        raise TypeError(
+            explain(
+                WHO, "a step is callable", found=[f"got {type(fn).__name__}"], fix="shard(fn, stage=3) with fn(state, *batch)."
+            )
+        )
     _check_unbuilt(offload, schedule)
     policy = remats.get(remat)
     if policy is not None and not isinstance(fn, TrainStep):

@@ -1,4 +1,4 @@
-"""The ZeRO stages as data. They differ only in where the state rests, when a parameter is gathered and when a gradient is reduced.
+"""The ZeRO stages as data: where the state rests, when a parameter is gathered and when a gradient is reduced.
 
 Rajbhandari, Rasley, Ruwase, He: ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020.
 """

@@ -54,7 +54,8 @@ def topology(target: str) -> list[jax.Device]:
       The devices, slice by slice and host by host. Give them to `jzero.make_mesh(devices=...)` or `jax.make_mesh`.
 
     Sets `TPU_SKIP_MDS_QUERY`, `TPU_ACCELERATOR_TYPE`, `TPU_WORKER_HOSTNAMES` and `ALLOW_MULTIPLE_LIBTPU_LOAD` for the length
-    of the call where they are not set (libtpu reads them when it loads). Set `JAX_PLATFORMS=cpu` before jax is imported, or jax looks for a GPU.
+    of the call where they are not set (libtpu reads them when it loads). Set `JAX_PLATFORMS=cpu` before jax is imported,
+    or jax looks for a GPU.
 
     Raises:
       ValueError: the target is not known or not a shape the compiler accepts.
@@ -79,7 +80,7 @@ def parse(target: str) -> Target:
     if model not in TPUS | GPUS:
         raise ValueError(_unknown(target, f"no accelerator {match['model']!r}", suggest(match["model"], TPUS | GPUS)))
     parsed = Target(model, tuple(map(int, match["grid"].split("x"))), int(match["slices"] or 1))
-    num_dims = parsed.spec.num_dims if model in TPUS else 2
+    num_dims = parsed.spec.num_dims if isinstance(parsed.spec, TpuSpec) else 2
     if len(parsed.grid) != num_dims or 0 in parsed.grid or not parsed.num_slices:
         kind = f"{num_dims} sizes of its chip grid" if model in TPUS else "hosts x devices per host"
         raise ValueError(_unknown(target, f"{model} takes {kind}, none of them 0", f"For example {_EXAMPLES}."))
@@ -98,8 +99,9 @@ def _order(device: Any) -> tuple[int, int, int]:
 def _describe_tpu(target: str, parsed: Target) -> list[jax.Device]:
     if "TPU_LIBRARY_PATH" not in os.environ:
         _need("libtpu")
+    assert isinstance(parsed.spec, TpuSpec)
     grid = "x".join(map(str, parsed.grid))
-    kwargs = {"chip_config_name": parsed.spec.chip_config}
+    kwargs: dict[str, Any] = {"chip_config_name": parsed.spec.chip_config}
     if parsed.num_slices > 1:
         kwargs["num_slices"] = parsed.num_slices
     with _environment(_TPU_ENVIRONMENT):
@@ -107,6 +109,7 @@ def _describe_tpu(target: str, parsed: Target) -> list[jax.Device]:
 
 
 def _describe_gpu(target: str, parsed: Target) -> list[jax.Device]:
+    assert isinstance(parsed.spec, GpuSpec)
     _need("jax-cuda13-plugin", same_as="jaxlib")
     _need("jax-cuda13-pjrt", same_as="jaxlib")
     layout = "x".join(map(str, (parsed.num_slices, *parsed.grid)))

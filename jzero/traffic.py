@@ -14,7 +14,23 @@ from jzero.gather.facts import Use, kept_use
 from jzero.stages import Stage
 
 # Linear in the parameter with a constant coefficient, so the backward pass does not read it.
-NOT_READ_BACKWARD = frozenset("gather dynamic_slice slice add sub add_any broadcast_in_dim concatenate pad neg reshape rev reduce_sum".split())
+NOT_READ_BACKWARD = frozenset(
+    [
+        "gather",
+        "dynamic_slice",
+        "slice",
+        "add",
+        "sub",
+        "add_any",
+        "broadcast_in_dim",
+        "concatenate",
+        "pad",
+        "neg",
+        "reshape",
+        "rev",
+        "reduce_sum",
+    ]
+)
 
 Table = dict[str, dict[str, int]]  # axis -> kind of collective -> bytes per device and step
 
@@ -36,7 +52,9 @@ class Param(NamedTuple):
     trains: bool
 
 
-def composed(stage: Stage, params: Sequence[Param], uses: Iterable[Use], wire: Wire, axes: dict[str, int], num_scalars: int) -> Table:
+def composed(
+    stage: Stage, params: Sequence[Param], uses: Iterable[Use], wire: Wire, axes: dict[str, int], num_scalars: int
+) -> Table:
     """Expected wire bytes of a composed step whose gradient is manual.
 
     Args:
@@ -103,7 +121,7 @@ def opaque(stage: Stage, params: Sequence[tuple[int, Any, bool]], uses: Iterable
 
     Args:
       params: per leaf its elements, dtype, and whether it (or at stages 1 and 2 its optimizer state) is split.
-      uses: in the whole step, where forward and backward uses stand apart; those of one loop body or remat region share a gather.
+      uses: in the whole step, where forward and backward uses stand apart; those of one loop body share a gather.
     """
     kinds: defaultdict[str, int] = defaultdict(int)
     for size, dtype, is_split in params:

@@ -49,10 +49,17 @@ def verify(step: ShardedStep, state: Any, *batch: Any, rtol: float | None = None
     actual, _ = step(step.place(state), *batch)
     different = _compare(split_statics(actual)[0], split_statics(expected)[0], rtol)
     if different:
-        table = columns([[path, short(leaf), f"relative difference {error:.2e}", f"allowed {limit:.0e}"] for path, leaf, limit, error in different[:20]])
-        fix = "Set reduction='global' if examples meet in the loss; a stochastic loss differs by design; else this is a bug of jzero."
+        table = columns(
+            [
+                [path, short(leaf), f"relative difference {error:.2e}", f"allowed {limit:.0e}"]
+                for path, leaf, limit, error in different[:20]
+            ]
+        )
+        fix = "Set reduction='global' if examples meet in the loss; a stochastic loss differs by design; else jzero is wrong."
         context = f"mesh {dict(step.mesh.shape)}; stage {step.stage}"
-        raise ValueError(explain("jzero.verify", f"{len(different)} leaves differ after one step", found=table, context=context, fix=fix))
+        raise ValueError(
+            explain("jzero.verify", f"{len(different)} leaves differ after one step", found=table, context=context, fix=fix)
+        )
 
 
 def _whole(leaf: Any) -> Any:
@@ -82,7 +89,9 @@ def _limit(leaf: Any) -> float:
 
 def _difference(expected: Any, actual: Any) -> float:
     """Relative L2 difference; 0 where both have the same NaN."""
-    left, right = (_whole(jax.random.key_data(leaf) if is_key(leaf) else leaf).astype(np.float64) for leaf in (expected, actual))
+    left, right = (
+        _whole(jax.random.key_data(leaf) if is_key(leaf) else leaf).astype(np.float64) for leaf in (expected, actual)
+    )
     gap, size = np.linalg.norm(np.nan_to_num(left - right, nan=np.inf)), np.linalg.norm(np.nan_to_num(left))
     same_nans = np.array_equal(np.isnan(left), np.isnan(right))
     gap = np.linalg.norm((left - right)[~np.isnan(left)]) if same_nans else gap

@@ -18,7 +18,8 @@ Split = tuple[Any, ...]
 class Comm(Protocol):
     """How a shard becomes whole and a gradient becomes a shard."""
 
-    is_local: bool  # whether a shard is an array of its own, or the global array under another placement
+    @property
+    def is_local(self) -> bool: ...  # whether a shard is an array of its own, or the global array under another placement
 
     def gather(self, shard: jax.Array, split: Split) -> jax.Array: ...
     def reduce(self, whole: jax.Array, split: Split, dtype: Any) -> jax.Array: ...
@@ -29,7 +30,10 @@ class Manual:
     """Inside `shard_map` over `axis`: every value is one device's piece, every collective is written out."""
 
     axis: str = "data"
-    is_local: bool = True
+
+    @property
+    def is_local(self) -> bool:
+        return True
 
     def gather(self, shard: jax.Array, split: Split) -> jax.Array:
         return jax.lax.all_gather(shard, self.axis, axis=self._dim(split), tiled=True)
@@ -47,7 +51,10 @@ class Auto:
 
     mesh: Mesh
     axis: str = "data"
-    is_local: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        return False
 
     def gather(self, shard: jax.Array, split: Split) -> jax.Array:
         return self.place(shard, without(split, self.axis))

@@ -48,10 +48,12 @@ class Holding:
     def at_start(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
         """The working copy: stages 1 and 2 gather it once."""
         once = self.gather == "step"
-        return [self.comm.gather(leaf, split) if split and once else leaf for leaf, split in zip(leaves, self.splits, strict=True)]
+        return [
+            self.comm.gather(leaf, split) if split and once else leaf for leaf, split in zip(leaves, self.splits, strict=True)
+        ]
 
     def differentiated(self, leaves: Sequence[jax.Array], held: Sequence[jax.Array]) -> list[jax.Array]:
-        """What the gradient is taken of: the working copy, or a stand-in of the shard's shape that gradients are reduced into."""
+        """What the gradient is taken of: the working copy, or a stand-in of the shard's shape to reduce into."""
 
         def chosen(leaf: jax.Array, whole: jax.Array, split: Any) -> jax.Array:
             scattered_early = split and self.reduce == "use" and self.gather == "step"
@@ -143,7 +145,9 @@ class Gradients:
     def _holding(self, comm: Comm) -> Holding:
         stage, policy = self.options.stage, self.step.policy
         reading = Reading(False, dict(self.mesh.shape))
-        return Holding(stage.gather, stage.reduce, self._splits(comm), self.mask, comm, reading, policy.reduce, policy.reduce_once)
+        return Holding(
+            stage.gather, stage.reduce, self._splits(comm), self.mask, comm, reading, policy.reduce, policy.reduce_once
+        )
 
     def finish(self) -> tuple[Any, Any]:
         """Summed gradients, then the update under Auto axes."""
@@ -155,7 +159,8 @@ class Gradients:
         return self.step.finish(self.state, grads, leaf_squares * factor**2, sums, total, program, self.mask)
 
     def _sums(
-        self, leaves: Sequence[jax.Array], batch: Any, model_state: Any, rngs: Any, scale: jax.Array, comm: Comm, num_shards: int
+        self, leaves: Sequence[jax.Array], batch: Any, model_state: Any, rngs: Any, scale: jax.Array, comm: Comm,
+        num_shards: int,
     ) -> tuple[gradient.Sums, Normaliser, gradient.LossProgram]:  # fmt: skip
         """The gradient of a batch or of one shard of it, with parameters held as the stage says."""
         step, holding = self.step, self._holding(comm)
@@ -209,7 +214,7 @@ class Gradients:
 
         batch_specs = jax.tree.map(lambda leaf: by_row if is_split(leaf) else whole, self.batch)
         grads_specs = parameters.select(specs, self.mask)
-        sums_specs = gradient.Sums(grads_specs, whole, whole, gradient.AuxParts(whole, whole, by_row), whole)
+        sums_specs: Any = gradient.Sums(*_any(grads_specs, whole, whole, gradient.AuxParts(*_any(whole, whole, by_row)), whole))
         run = jax.shard_map(
             local, mesh=self.mesh, in_specs=(specs, batch_specs, whole, whole, whole, by_row),
             out_specs=((sums_specs, whole), whole), axis_names=frozenset(self.batch_axes), check_vma=False,
@@ -219,7 +224,7 @@ class Gradients:
         return sums, leaf_squares, Normaliser(before, traced[0]), traced[1]
 
     def _added_up(self, sums: gradient.Sums, splits: Sequence[Any]) -> tuple[gradient.Sums, jax.Array]:
-        """Everything that shards still hold apart, in two collectives: whole leaves and the replicas' shards, then all scalars."""
+        """What shards still hold apart, in two collectives: whole leaves and the replicas' shards, then all scalars."""
         grads = [self._across(grad, bool(split)) for grad, split in zip(sums.grads, splits, strict=True)]
         num_data, num_replicas = axis_size(self.mesh, AXIS), self.num_shards // axis_size(self.mesh, AXIS)
         copies = jnp.array([num_replicas if split else num_replicas * num_data for split in splits], jnp.float32)
@@ -243,3 +248,8 @@ class Gradients:
             return jax.lax.pmean(leaf, self.batch_axes) if is_real else leaf
 
         return jax.tree.map(mean, model_state)
+
+
+def _any(*specs: Any) -> tuple[Any, ...]:
+    """Specs where a type says arrays: a pytree of specs has the structure of what it describes."""
+    return specs

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from jzero import roles, rules as placing
+from jzero import roles
+from jzero import rules as placing
 from jzero._errors import explain
 from jzero._tree import named_leaves, short
-from jzero._types import Placement
+from jzero._types import Placement, Role
 from jzero.rules.batch import check_batch
 from jzero.stages import Stage
 
@@ -25,7 +26,7 @@ class Options:
     rules: tuple[Any, ...] = ()
     remat: Any = None
     min_shard_elements: int = 1024
-    on_indivisible: str = "replicate"
+    on_indivisible: Literal["replicate", "error"] = "replicate"
     donate: bool = True
     strict: bool = True
 
@@ -72,7 +73,7 @@ def layout(state: Any, options: Options, *, opaque: bool) -> Layout:
     state = jax.tree.unflatten(treedef, avals)
     stage = options.stage
     params = stage.shard_params_opaque if opaque else stage.shard_params
-    sharded = {"params": params, "opt_state": stage.shard_opt_state}
+    sharded: dict[Role, bool] = {"params": params, "opt_state": stage.shard_opt_state}
     placements = placing.place(
         roles.assign(state, params=options.params),
         mesh=options.mesh,

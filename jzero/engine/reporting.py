@@ -7,8 +7,8 @@ from jax.sharding import PartitionSpec
 
 from jzero import audit as audits
 from jzero import traffic
-from jzero._types import ROLES
 from jzero._tree import num_bytes, num_elements, short
+from jzero._types import ROLES
 from jzero.engine.layout import Layout, Options, Trace
 from jzero.gather.facts import Reading
 from jzero.mesh import axis_size, batch_axes
@@ -34,7 +34,12 @@ def report(fn: Any, layout: Layout, options: Options, trace: Trace, compiled: An
         peak_bytes=measured.peak_bytes,
         leaves=_leaves(layout),
         findings=_findings(layout, options, trace, measured),
-        programs={"wire_bytes_as_compiled": measured.wire_bytes, "wire_elements": measured.wire_elements, "argument_bytes": measured.argument_bytes, "alias_bytes": measured.alias_bytes},
+        programs={
+            "wire_bytes_as_compiled": measured.wire_bytes,
+            "wire_elements": measured.wire_elements,
+            "argument_bytes": measured.argument_bytes,
+            "alias_bytes": measured.alias_bytes,
+        },
     )
 
 
@@ -46,7 +51,7 @@ def _engine(fn: Any, trace: Trace) -> str:
 
 def _resting(layout: Layout, batch: Any, shardings: list[Any], options: Options) -> dict[str, dict[str, int]]:
     """By role: what the compiled program's inputs take on one device, and what the stage promises leaf by leaf."""
-    table = {role: {"measured": 0, "formula": 0} for role in ROLES}
+    table: dict[str, dict[str, int]] = {role: {"measured": 0, "formula": 0} for role in ROLES}
     for placement, aval, sharding in zip(layout.placements, layout.avals, shardings, strict=True):
         row = table[placement.leaf.role]
         row["measured"] += audits.shard_bytes(aval, sharding)
@@ -88,7 +93,9 @@ def _composed(fn: TrainStep, layout: Layout, options: Options, trace: Trace, use
 
 
 def _opaque(layout: Layout, options: Options, uses: list[Any]) -> traffic.Table:
-    split_owners = {p.leaf.owner for i, p in enumerate(layout.placements) if p.leaf.owner is not None and _has_data(layout.split(i))}
+    split_owners = {
+        p.leaf.owner for i, p in enumerate(layout.placements) if p.leaf.owner is not None and _has_data(layout.split(i))
+    }
     rows = [
         (num_elements(aval), aval.dtype, index in split_owners)
         for index, (aval, placement) in enumerate(zip(layout.avals, layout.placements, strict=True))
@@ -133,14 +140,20 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
             for p, aval, index in zip(layout.placements, layout.avals, range(len(layout.avals)), strict=True)
             if p.leaf.role == "params" and not _has_data(layout.split(index)) and _wants_data(p, options)
         ]
-        found += whole[:10] + ([f"... and {len(whole) - 10} more parameters stay whole: see leaf_table()"] if len(whole) > 10 else [])
+        found += whole[:10] + (
+            [f"... and {len(whole) - 10} more parameters stay whole: see leaf_table()"] if len(whole) > 10 else []
+        )
         if not any(_has_data(layout.split(index)) for index in range(len(layout.avals))):
             found.append(f"stage {options.stage.number} shards nothing: no leaf is large enough and divisible")
     respelled = [one for one in measured.collectives if audits.meaning(one) != one.kind]
     if respelled:
-        found.append(f"the compiler wrote {len(respelled)} reduce-scatters or gathers as all-reduces, which move twice the bytes counted above")
+        count = len(respelled)
+        found.append(f"the compiler wrote {count} reduce-scatters or gathers as all-reduces: twice the bytes counted above")
     found += [f"nobody asked for: {audits.describe(one, options.mesh)}" for one in audits.shuffles(measured)[:10]]
-    found += [f"in a loop of unknown length, counted once: {audits.describe(one, options.mesh)}" for one in audits.unknown_loops(measured)[:10]]
+    found += [
+        f"in a loop of unknown length, counted once: {audits.describe(one, options.mesh)}"
+        for one in audits.unknown_loops(measured)[:10]
+    ]
     return found
 
 

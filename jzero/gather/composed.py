@@ -38,7 +38,7 @@ class Differentiable:
         self.reading, self.comm, self.reduce_dtype, self.kept = reading, comm, reduce_dtype, kept
 
     def view(self, eqn: Any, tracked: Tracked, rest: Sequence[Any], leaving: Facts) -> list[Tracked]:
-        fact = leaving[0]
+        (fact,) = {fact for fact in leaving if fact is not None}
         counts = tuple(map(self.reading.num_shards, fact.split)) if self.comm.is_local else (1,) * len(fact.split)
         local = on_a_shard(eqn, counts)
 

@@ -33,7 +33,9 @@ class Constrained:
             moves = leaving.is_split and split != leaving.split and array.shape == shape
             return self.comm.place(array, leaving.split) if moves else array
 
-        args = [beside(value) if var.aval.shape == shape else _array(value) for value, var in zip(values, eqn.invars, strict=True)]
+        args = [
+            beside(value) if var.aval.shape == shape else _array(value) for value, var in zip(values, eqn.invars, strict=True)
+        ]
         return Tracked(leaving, _compat.bind(eqn, args)[0])
 
     def use(self, eqn: Any, values: Sequence[Any], needed: Sequence[bool], level: Level) -> list[Any]:
@@ -47,7 +49,8 @@ class Constrained:
 
     def _shares(self, roots: tuple[int, ...], level: Level) -> bool:
         """Inside a loop body or remat region one gather serves all uses, as a recomputed forward use and its backward use.
-        Outside, only a backward use that follows its forward use at once, as a language model's head does."""
+        Outside, only a backward use that follows its forward use at once, as a language model's head does.
+        """
         return bool(level.depth) or level.in_remat or level.latest == roots
 
     def _once(self, tracked: Tracked, level: Level, roots: tuple[int, ...]) -> Any:
@@ -58,7 +61,8 @@ class Constrained:
 
     def _apart_from_earlier_uses(self, values: Sequence[Any], needed: Sequence[bool], level: Level) -> Sequence[Any]:
         """A second use outside loops is mostly the backward pass. Tie its shard to the other operands, or the compiler merges
-        both gathers and the whole weight lives from forward to backward."""
+        both gathers and the whole weight lives from forward to backward.
+        """
         again = [need and value.fact.root in level.used for value, need in zip(values, needed, strict=True)]
         others = [index for index, value in enumerate(values) if not isinstance(value, Tracked) and hasattr(value, "aval")]
         if not any(again) or not others:

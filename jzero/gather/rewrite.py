@@ -77,7 +77,9 @@ def _step(strategy: Strategy, eqn: Any, inputs: list[Any], facts: Facts, level: 
         case "view":
             return strategy.view(eqn, inputs[0], inputs[1:], transfer.leaving)
         case "elementwise":
-            return [strategy.elementwise(eqn, inputs, transfer.leaving[0])]
+            (leaving,) = transfer.leaving
+            assert leaving is not None
+            return [strategy.elementwise(eqn, inputs, leaving)]
         case "barrier":
             return _barrier(eqn, inputs)
         case "plain":

@@ -5,7 +5,7 @@ arrays, as a chain of fused pieces (TPU), as an all-reduce whose result is slice
 """
 
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jzero.hlo.groups import Groups, decode, decode_pairs, group_size
 from jzero.hlo.loops import trip_count
@@ -68,7 +68,7 @@ class _Place(NamedTuple):
     piece_of: str = ""  # inside a fusion that carries a piece of a collective
     scatters: bool = False  # inside an `all-reduce-scatter` fusion
 
-    def inside(self, name: str, **changes: object) -> "_Place":
+    def inside(self, name: str, **changes: Any) -> "_Place":
         return self._replace(home=self.module.computations[name], **changes)
 
 

@@ -42,7 +42,9 @@ def trip_count(loop: Instruction, home: Computation, module: Module) -> int | No
     start = _initial(left, loop, home, module)
     step = _growth(left, body, module)
     bound = right.offset if right.index is None else _initial(right, loop, home, module)
-    if None in (left.index, start, step, bound) or (right.index is not None and _growth(right, body, module) != 0):
+    if left.index is None or start is None or step is None or bound is None:
+        return None
+    if right.index is not None and _growth(right, body, module) != 0:
         return None
     return _iterations(start, step, bound, direction)
 
@@ -66,8 +68,8 @@ def _comparison(loop: Instruction, module: Module) -> tuple[_Value, _Value, str]
         root = scope.computation.instructions[scope.computation.root]
     if root.opcode != "compare":
         return None
-    sides = [_value(name, scope, module) for name in root.operands]
-    return None if None in sides else (*sides, attribute(root, "direction") or "")
+    left, right = (_value(name, scope, module) for name in root.operands)
+    return None if left is None or right is None else (left, right, attribute(root, "direction") or "")
 
 
 def _initial(value: _Value, loop: Instruction, home: Computation, module: Module) -> int | None:

@@ -105,6 +105,7 @@ def parse(text: str) -> Module:
       Shape(dtype='f32', dims=(4,), parts=())
     """
     header, entry, table, name, root = "", "", None, None, ""
+    body: dict[str, Instruction] = {}
     computations: dict[str, Computation] = {}
     tables: dict[str, dict[int, str]] = {title: {} for title in _TABLES}
     for line in text.splitlines():

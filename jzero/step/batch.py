@@ -42,10 +42,19 @@ def check(batch: Any, accumulate: int, *, who: str = "jzero.make_train_step") ->
         size = next(count for count in rows.values() if count % accumulate or count == 0)
         near = sorted({size // accumulate * accumulate, -(-size // accumulate) * accumulate} - {0}) or [accumulate]
         fix = f"Nearest legal sizes: {', '.join(map(str, near))}; or batch, mask = jzero.pad_batch(batch, {accumulate})."
-        raise ValueError(explain(who, f"the batch does not divide into accumulate={accumulate} microbatches", found=wrong, fix=fix))
+        raise ValueError(
+            explain(who, f"the batch does not divide into accumulate={accumulate} microbatches", found=wrong, fix=fix)
+        )
     if len(set(rows.values())) > 1:
         found = [f"{name}   {count} rows" for name, count in rows.items()]
-        raise ValueError(explain(who, "batch leaves disagree on the number of examples", found=found, fix="Dim 0 of every batch array counts examples."))
+        raise ValueError(
+            explain(
+                who,
+                "batch leaves disagree on the number of examples",
+                found=found,
+                fix="Dim 0 of every batch array counts examples.",
+            )
+        )
 
 
 def pad_batch(batch: Any, multiple: int) -> tuple[Any, np.ndarray | jax.Array]:
@@ -67,7 +76,9 @@ def pad_batch(batch: Any, multiple: int) -> tuple[Any, np.ndarray | jax.Array]:
     leaves = [leaf if hasattr(leaf, "ndim") else np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
     sizes = {leaf.shape[0] for leaf in leaves if is_split(leaf)}
     if len(sizes) != 1 or 0 in sizes:
-        raise ValueError(explain("jzero.pad_batch", "every batched leaf needs the same number of rows", found=[f"rows met: {sorted(sizes)}"]))
+        raise ValueError(
+            explain("jzero.pad_batch", "every batched leaf needs the same number of rows", found=[f"rows met: {sorted(sizes)}"])
+        )
     (rows,) = sizes
     extra = -rows % multiple
 

@@ -93,12 +93,16 @@ class LossCall:
         if not (self.has_aux or self.takes_model_state):
             if isinstance(out, tuple):
                 fix = "Return the loss alone, or pass has_aux=True to make_train_step."
-                raise TypeError(explain("jzero.make_train_step", "the loss returned a tuple", found=[f"{len(out)} values"], fix=fix))
+                raise TypeError(
+                    explain("jzero.make_train_step", "the loss returned a tuple", found=[f"{len(out)} values"], fix=fix)
+                )
             return out, {}
         if not isinstance(out, tuple) or len(out) != 2:
             reason = "has_aux=True" if self.has_aux else "a loss that takes model_state"
             fix = 'Return (loss, aux), with the new state in aux["model_state"] if the loss takes model_state.'
-            raise TypeError(explain("jzero.make_train_step", f"{reason} asks for (loss, aux)", found=[f"got {type(out).__name__}"], fix=fix))
+            raise TypeError(
+                explain("jzero.make_train_step", f"{reason} asks for (loss, aux)", found=[f"got {type(out).__name__}"], fix=fix)
+            )
         return out
 
     def _split_model_state(self, aux: Any) -> tuple[Any, Any]:

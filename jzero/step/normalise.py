@@ -38,8 +38,8 @@ class Normaliser(NamedTuple):
 
 
 def normaliser(
-    program: gradient.LossProgram, examples: Examples, batch: Any, *, num_micro: int, num_shards: int, rngs: Callable[[Any], Any],
-    model_state: Any, add_up: Callable[[jax.Array], jax.Array] = lambda value: value,
+    program: gradient.LossProgram, examples: Examples, batch: Any, *, num_micro: int, num_shards: int,
+    rngs: Callable[[Any], Any], model_state: Any, add_up: Callable[[jax.Array], jax.Array] = lambda value: value,
 ) -> Normaliser:  # fmt: skip
     """The normaliser of a batch; `add_up` sums over shards."""
     if not program.is_weighted:
@@ -82,7 +82,8 @@ def examples_of(call: LossCall, params: Any, micro: Any, rng: Any, model_state: 
 
 def _judge(verdict: reductions.Verdict, outcome: Outcome, ranks: list[int], factor: int) -> Examples:
     """From the state of every output to one word: a mixed loss, a batched aux array that is not by example, or a model state
-    that the batch touches keep the global program. Averaged aux scalars have a stated reduction and do not."""
+    that the batch touches keep the global program. Averaged aux scalars have a stated reduction and do not.
+    """
     states = verdict.outputs
     loss = states[outcome.sum]
     is_sum = reductions.is_sum(loss, factor=factor)
@@ -90,7 +91,9 @@ def _judge(verdict: reductions.Verdict, outcome: Outcome, ranks: list[int], fact
         mixed = _unless(is_sum or reductions.is_mean(loss), "loss", loss)
     else:
         weight = states[outcome.weight]
-        alike = (is_sum and reductions.is_sum(weight, factor=factor)) or (reductions.is_mean(loss) and reductions.is_mean(weight))
+        alike = (is_sum and reductions.is_sum(weight, factor=factor)) or (
+            reductions.is_mean(loss) and reductions.is_mean(weight)
+        )
         mixed = _unless(alike, "weighted loss", loss if isinstance(loss, reductions.Mixed) else weight)
     for leaf in jax.tree.leaves(outcome.model_state):
         mixed += _unless(states[leaf] == reductions.INDEPENDENT, "model_state", states[leaf])

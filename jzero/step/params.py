@@ -22,7 +22,7 @@ def trainable_mask(params: Any, trainable: Any) -> tuple[bool, ...]:
     floats = [is_float(leaf) for _, leaf in named]
     if trainable is None:
         asked = [True] * len(named)
-    elif callable(trainable) and not jax.tree_util.all_leaves([trainable]) or callable(trainable):
+    elif (callable(trainable) and not jax.tree_util.all_leaves([trainable])) or callable(trainable):
         asked = [bool(trainable(path)) for path, _ in named]
     else:
         asked = _from_tree(params, trainable)
@@ -37,7 +37,9 @@ def trainable_mask(params: Any, trainable: Any) -> tuple[bool, ...]:
 def _from_tree(params: Any, trainable: Any) -> list[bool]:
     if jax.tree.structure(trainable) != jax.tree.structure(params):
         found = [f"params:    {jax.tree.structure(params)}", f"trainable: {jax.tree.structure(trainable)}"]
-        raise ValueError(explain("jzero.make_train_step", "trainable= is not a pytree like params", found=found, fix="Or pass path -> bool."))
+        raise ValueError(
+            explain("jzero.make_train_step", "trainable= is not a pytree like params", found=found, fix="Or pass path -> bool.")
+        )
     return [bool(leaf) for leaf in jax.tree.leaves(trainable)]
 
 
@@ -54,7 +56,10 @@ def merge(chosen: Sequence[Any], leaves: Sequence[Any], mask: Sequence[bool]) ->
 
 def for_optimizer(treedef: Any, leaves: Sequence[Any], mask: Sequence[bool]) -> Any:
     """A tree for optax in which frozen leaves are empty nodes, and the rest is float32 or wider."""
-    wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if kept else optax.MaskedNode() for leaf, kept in zip(leaves, mask, strict=True)]
+    wide = [
+        leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if kept else optax.MaskedNode()
+        for leaf, kept in zip(leaves, mask, strict=True)
+    ]
     return jax.tree.unflatten(treedef, wide)
 
 

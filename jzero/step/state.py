@@ -39,7 +39,8 @@ def initial_loss_scale(*, dynamic: bool) -> LossScaleState:
 
 def next_loss_scale(state: LossScaleState, clean: jax.Array, *, dynamic: bool) -> LossScaleState:
     """After a step: an overflow takes a credit, at the last credit it halves the scale (floor 1); the 1,000th clean step in
-    a row doubles the scale and refills the credit."""
+    a row doubles the scale and refills the credit.
+    """
     skipped = state._replace(num_skipped=state.num_skipped + jnp.where(clean, 0, 1).astype(jnp.int32))
     if not dynamic:
         return skipped
@@ -49,4 +50,6 @@ def next_loss_scale(state: LossScaleState, clean: jax.Array, *, dynamic: bool) -
     scale = jnp.where(grows, jnp.minimum(state.scale * 2, LARGEST_SCALE), state.scale)
     scale = jnp.where(halves, jnp.maximum(state.scale / 2, 1.0), scale)
     credit = jnp.where(grows, FULL_CREDIT, jnp.where(clean, state.credit, jnp.maximum(state.credit - 1, 1)))
-    return skipped._replace(scale=scale, clean_steps=jnp.where(grows, 0, run).astype(jnp.int32), credit=credit.astype(jnp.int32))
+    return skipped._replace(
+        scale=scale, clean_steps=jnp.where(grows, 0, run).astype(jnp.int32), credit=credit.astype(jnp.int32)
+    )

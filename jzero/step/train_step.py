@@ -1,4 +1,4 @@
-"""`make_train_step`: what one optimizer step computes, pure and without a mesh. Where it is computed is `jzero.shard`'s affair."""
+"""`make_train_step`: what one optimizer step computes, pure and without a mesh. Where is the affair of `jzero.shard`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jzero import _compat, precision as precisions
+from jzero import _compat
+from jzero import precision as precisions
 from jzero._errors import explain, suggest
 from jzero.precision import PrecisionPolicy
 from jzero.step import aux as aux_values
 from jzero.step import batch as batches
-from jzero.step import gradient, params as parameters
+from jzero.step import gradient
+from jzero.step import params as parameters
 from jzero.step.loss import LossCall
 from jzero.step.normalise import Examples, examples_of, normaliser
 from jzero.step.state import TrainState, initial_loss_scale
@@ -51,7 +53,11 @@ class TrainStep:
         if _is_function(params):
             params = params(*args)
         elif args:
-            raise TypeError(explain("TrainStep.init", "extra arguments need a function that makes the parameters", found=[f"{len(args)} extra"]))
+            raise TypeError(
+                explain(
+                    "TrainStep.init", "extra arguments need a function that makes the parameters", found=[f"{len(args)} extra"]
+                )
+            )
         params = precisions.cast(params, self.policy.param)
         leaves, treedef = jax.tree.flatten(params)
         mask = parameters.trainable_mask(params, self.trainable)
@@ -70,8 +76,12 @@ class TrainStep:
         key = self.step_key(state)
         rngs = partial(self.microbatch_key, key, shard=0)
         program = self.trace(compute, microbatch_shapes(batch, self.accumulate), rngs(0), state.model_state)
-        examples = self.examples(compute, microbatch_shapes(batch, self.accumulate), rngs(0), state.model_state, num_parts=self.accumulate)
-        weight = normaliser(program, examples, batch, num_micro=self.accumulate, num_shards=1, rngs=rngs, model_state=state.model_state)
+        examples = self.examples(
+            compute, microbatch_shapes(batch, self.accumulate), rngs(0), state.model_state, num_parts=self.accumulate
+        )
+        weight = normaliser(
+            program, examples, batch, num_micro=self.accumulate, num_shards=1, rngs=rngs, model_state=state.model_state
+        )
 
         def run_loss(diff: Sequence[Any], micro: Any, rng: Any, model_state: Any) -> Any:
             flat = gradient.arguments(parameters.merge(diff, leaves, mask), micro, rng, model_state)
@@ -115,8 +125,9 @@ class TrainStep:
         averaged = [value / weight for value in sums.aux.averaged]
         aux = aux_values.unsort(sums.aux._replace(averaged=averaged), program.aux)
         return finish(
-            state, grads, leaf_squares=leaf_squares, loss=sums.loss / weight, weight=weight, aux=aux, model_state=sums.model_state,
-            mask=mask, optimizer=self.optimizer, policy=self.policy, clip_norm=self.clip_norm, skip_nonfinite=self.skip_nonfinite,
+            state, grads, leaf_squares=leaf_squares, loss=sums.loss / weight, weight=weight, aux=aux,
+            model_state=sums.model_state, mask=mask, optimizer=self.optimizer, policy=self.policy, clip_norm=self.clip_norm,
+            skip_nonfinite=self.skip_nonfinite,
         )  # fmt: skip
 
 
@@ -160,20 +171,20 @@ def make_train_step(
         step, microbatch and shard), `model_state` likewise, and then aux is `{"model_state": new, ...}`.
       optimizer: any optax transformation. Its update sees whole tensors in float32.
       precision: "fp32", "bf16", "fp16" (dynamic loss scale), "bf16-pure" (stochastic rounding), or a `PrecisionPolicy`.
-      accumulate: microbatches per step. Microbatch i holds rows i, i + accumulate, ... of the batch. A mean loss is averaged over
-        microbatches and a sum added up; only `weighted` is exact when microbatches hold unequal numbers of valid elements.
+      accumulate: microbatches per step. Microbatch i holds rows i, i + accumulate, ... of the batch. A mean loss is averaged
+        over microbatches and a sum added up; only `weighted` is exact when microbatches hold unequal numbers of valid elements.
       clip_norm: largest global gradient norm, before the optimizer.
       has_aux: the loss returns `(loss, aux)`. Aux scalars are averaged with the loss's weights, `jzero.summed(x)` is added up,
         arrays keep their batch dim.
       trainable: bool pytree like params, or path -> bool. Frozen leaves get no gradient and no optimizer memory.
       skip_nonfinite: leave the state unchanged where loss or gradient is not finite or the total weight is zero.
-      reduction: on a mesh, "auto" computes shards on their own where examples provably meet only in the final mean and else keeps
-        the exact global program; "global" insists on that; "local" accepts means of shards, as DDP and DeepSpeed do.
+      reduction: on a mesh, "auto" computes shards on their own where examples provably meet only in the final mean, and else
+        keeps the exact global program; "global" insists on that; "local" accepts means of shards, as DDP and DeepSpeed do.
 
     Returns:
       A `TrainStep`: call `.init(params)` for a `TrainState`, then `train_step(state, *batch) -> (state, metrics)` with metrics
-      `loss`, `grad_norm` (before clipping), `loss_scale`, `skipped`, `num_skipped`, `aux`, and for `jzero.check`: `step`, `weight`,
-      `nonfinite`.
+      `loss`, `grad_norm` (before clipping), `loss_scale`, `skipped`, `num_skipped`, `aux`, and for `jzero.check` also `step`,
+      `weight`, `nonfinite`.
 
     Raises:
       ValueError, TypeError: an unknown preset, `accumulate` below one, a loss that is not scalar, ...: before anything runs.
@@ -189,15 +200,33 @@ def make_train_step(
     policy = precisions.get(precision)
     who = "jzero.make_train_step"
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(explain(who, "accumulate must be a positive integer", found=[f"accumulate={accumulate!r}"], fix="accumulate=1 is one microbatch."))
+        raise ValueError(
+            explain(
+                who,
+                "accumulate must be a positive integer",
+                found=[f"accumulate={accumulate!r}"],
+                fix="accumulate=1 is one microbatch.",
+            )
+        )
     if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(explain(who, "clip_norm must be positive", found=[f"clip_norm={clip_norm!r}"], fix="clip_norm=None does not clip."))
+        raise ValueError(
+            explain(who, "clip_norm must be positive", found=[f"clip_norm={clip_norm!r}"], fix="clip_norm=None does not clip.")
+        )
     if reduction not in REDUCTIONS:
         raise ValueError(explain(who, f"unknown reduction={reduction!r}", context=suggest(reduction, REDUCTIONS)))
     if policy.scales_loss and not skip_nonfinite:
-        raise ValueError(explain(who, "fp16 lives by skipping overflows", found=["skip_nonfinite=False"], fix="Use bf16, or leave skip_nonfinite=True."))
+        raise ValueError(
+            explain(
+                who,
+                "fp16 lives by skipping overflows",
+                found=["skip_nonfinite=False"],
+                fix="Use bf16, or leave skip_nonfinite=True.",
+            )
+        )
     if not hasattr(optimizer, "update") or not hasattr(optimizer, "init"):
-        raise TypeError(explain(who, "optimizer must be an optax GradientTransformation", found=[f"got {type(optimizer).__name__}"]))
+        raise TypeError(
+            explain(who, "optimizer must be an optax GradientTransformation", found=[f"got {type(optimizer).__name__}"])
+        )
     if not callable(loss_fn):
         raise TypeError(explain(who, "loss_fn must be callable", found=[f"got {type(loss_fn).__name__}"]))
     return TrainStep(

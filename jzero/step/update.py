@@ -112,7 +112,10 @@ def _optimize(
     key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), _ROUNDING_STREAM)
     opt_state = _stored_moments(opt_state, policy, jax.random.fold_in(key, len(new)))
     olds = parameters.select(leaves, mask)
-    stored = [_stored(value, old.dtype, jax.random.fold_in(key, index)) for index, (value, old) in enumerate(zip(new, olds, strict=True))]
+    stored = [
+        _stored(value, old.dtype, jax.random.fold_in(key, index))
+        for index, (value, old) in enumerate(zip(new, olds, strict=True))
+    ]
     return jax.tree.unflatten(treedef, parameters.merge(stored, leaves, mask)), opt_state
 
 
@@ -123,7 +126,9 @@ def _stored(value: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
 def _stored_moments(opt_state: Any, policy: PrecisionPolicy, key: jax.Array) -> Any:
     """Moments rounded stochastically too: at b2 = 0.999 the second moment moves by less than bfloat16 can tell apart."""
     count = iter(range(len(jax.tree.leaves(opt_state))))
-    return parameters.store_moments(opt_state, policy, lambda leaf, dtype: _stored(leaf, dtype, jax.random.fold_in(key, next(count))))
+    return parameters.store_moments(
+        opt_state, policy, lambda leaf, dtype: _stored(leaf, dtype, jax.random.fold_in(key, next(count)))
+    )
 
 
 def check(metrics: dict[str, Any]) -> None:
@@ -143,5 +148,11 @@ def check(metrics: dict[str, Any]) -> None:
     found += [f"first non-finite gradient: {bad[0]} ({len(bad)} of {len(paths)} leaves)"] if bad else []
     outcome = "the update was skipped" if bool(metrics["skipped"]) else "the update was made (skip_nonfinite=False)"
     context = f"after {int(metrics['step'])} updates; loss scale {float(metrics['loss_scale'])}; {outcome}"
-    fix = "A total weight of zero means that every example was masked." if weight == 0 else "Run the batch under jax.debug_nans to find the operation."
-    raise FloatingPointError(explain("jzero.check", f"step {int(metrics['step'])} is not finite", found=found, context=context, fix=fix))
+    fix = (
+        "A total weight of zero means that every example was masked."
+        if weight == 0
+        else "Run the batch under jax.debug_nans to find the operation."
+    )
+    raise FloatingPointError(
+        explain("jzero.check", f"step {int(metrics['step'])} is not finite", found=found, context=context, fix=fix)
+    )
