@@ -4,13 +4,16 @@ Met so far: `scan`'s `num_consts`/`num_carry` became `ft_in`; `ClosedJaxpr` beca
 `get_bind_params` gives `(subfuns, params)` or `params`. Nothing else in jzero imports `jax._src`.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import jax
-from jax._src import core, source_info_util
+from jax._src import core, pjit, source_info_util
+from jax._src import mesh as mesh_lib
 from jax._src.interpreters import partial_eval
+from jax.sharding import NamedSharding, PartitionSpec
 
 Literal = core.Literal
 
@@ -63,13 +66,14 @@ def where(eqn: Any) -> str:
 
 
 def rebind_remat(eqn: Any, fn: Callable[..., list[Any]], args: Sequence[Any]) -> list[Any]:
-    """A `checkpoint` equation again, with `fn` as its body; keeps `differentiated`, which alone makes its barrier real."""
-    traced = jax.make_jaxpr(fn)(*args)
+    """A `checkpoint` equation again, `fn` (of pytrees) its body; keeps `differentiated`, which alone makes its barrier real."""
+    traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
     jaxpr, consts = open_jaxpr(traced)
     body = partial_eval.convert_constvars_jaxpr(jaxpr) if consts else jaxpr
     prevent_cse = eqn.params["prevent_cse"]
     keep = prevent_cse if isinstance(prevent_cse, bool) else any(prevent_cse)
-    return eqn.primitive.bind(*consts, *args, **{**eqn.params, "jaxpr": body, "prevent_cse": keep})
+    out = eqn.primitive.bind(*consts, *jax.tree.leaves(args), **{**eqn.params, "jaxpr": body, "prevent_cse": keep})
+    return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
 
 def ordered_effects(jaxpr: Any) -> list[str]:
@@ -91,3 +95,37 @@ def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     """Run a jaxpr as it is."""
     opened, consts = open_jaxpr(jaxpr)
     return core.eval_jaxpr(opened, consts, *args)
+
+
+@contextmanager
+def constraints_apart_from(axes: Sequence[str]) -> Iterator[None]:
+    """While a program is traced with `axes` manual: what the user's sharding constraints say of them is dropped.
+
+    Every value there is one shard's, so such a constraint says nothing, and JAX refuses it. It refuses constraints of a
+    concrete mesh in loops too, for their mesh is all Auto and the loop's is not; so what is left of a constraint names the
+    mesh that is in force.
+    """
+    thread, real = threading.get_ident(), pjit._create_sharding_for_array
+
+    def allowed(mesh: Any, sharding: Any, name: str, api_name: str) -> Any:
+        found = real(mesh, sharding, name, api_name)
+        here = mesh_lib.get_abstract_mesh()
+        ours = threading.get_ident() == thread and set(axes) & set(here.manual_axes)
+        if not ours or api_name != "with_sharding_constraint" or not isinstance(found, NamedSharding):
+            return found
+        return NamedSharding(
+            here, PartitionSpec(*(_apart_from(axes, entry) for entry in found.spec)), memory_kind=found.memory_kind
+        )
+
+    pjit._create_sharding_for_array = allowed  # pyrefly: ignore[bad-assignment]
+    try:
+        yield
+    finally:
+        pjit._create_sharding_for_array = real
+
+
+def _apart_from(axes: Sequence[str], entry: Any) -> Any:
+    """An entry of a spec without `axes`."""
+    if isinstance(entry, tuple):
+        return tuple(name for name in entry if name not in axes) or None
+    return None if entry in axes else entry

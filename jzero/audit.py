@@ -105,18 +105,17 @@ def wire(found: Iterable[Collective], mesh: jax.sharding.Mesh, *, elements: bool
     """
     table: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
     for one in found:
-        kind = meaning(one) if as_meant else one.kind
         if hlo.group_size(one.groups) > 1:
             amount = (one.elements if elements else one.full_bytes) * (1 if one.count is None else one.count)
-            table[hlo.axis_of(one.groups, mesh)][kind] += moved(kind, amount, hlo.group_size(one.groups))
+            table[hlo.axis_of(one.groups, mesh)][meaning(one) if as_meant else one.kind] += moved(
+                meaning(one) if as_meant and one.kind == "all-reduce" else one.kind, amount, hlo.group_size(one.groups)
+            )
     return {axis: dict(kinds) for axis, kinds in table.items()}
 
 
 def meaning(one: Collective) -> str:
     """The kind that the program asked for, where the compiler wrote another."""
-    if one.kind != "all-reduce":
-        return one.kind
-    return "reduce-scatter" if one.sliced else "all-gather" if one.op_name.endswith("all_gather") else one.kind
+    return one.meaning
 
 
 def moved(kind: str, amount: int, num_members: int) -> int:
@@ -154,8 +153,11 @@ def bytes_at_rest(leaves: Any, shardings: Any) -> int:
 
 
 def shuffles(measured: Audit) -> tuple[Collective, ...]:
-    """All-to-alls and permutes: no ZeRO stage needs one, so the partitioner is moving activations about."""
-    return tuple(one for one in measured.collectives if one.kind in SHUFFLES and hlo.group_size(one.groups) > 1)
+    """All-to-alls and permutes: no ZeRO stage needs one, so the partitioner is moving activations about.
+
+    Left out are the permutes by which the TPU compiler gathers or scatters beside a matrix product.
+    """
+    return tuple(one for one in measured.collectives if one.meaning in SHUFFLES and hlo.group_size(one.groups) > 1)
 
 
 def unknown_loops(measured: Audit) -> tuple[Collective, ...]:

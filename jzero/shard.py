@@ -1,6 +1,7 @@
 """`jzero.shard`: any train step under a ZeRO stage, in one line."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, Literal
 
@@ -138,7 +139,7 @@ class ShardedStep:
         if isinstance(self.fn, TrainStep):
             inner, accumulate = composed.build(self._train_step(statics), placed, options, traces), self.fn.accumulate
         else:
-            inner, accumulate = opaque.build(_on_arrays(self.fn, statics), placed, options, traces), 1
+            inner, accumulate = opaque.build(self.unsharded(statics), placed, options, traces), 1
         in_shardings = (placed.tree, *batch_shardings(batch, options.mesh, accumulate))
 
         def step(state: Any, *batch: Any) -> tuple[Any, Any]:
@@ -153,13 +154,17 @@ class ShardedStep:
         abstract = jax.tree.unflatten(placed.treedef, placed.avals)
         return placed, jitted.lower(abstract, *batch), traces[0]
 
+    def unsharded(self, statics: Statics) -> Callable[..., Any]:
+        """The same step as one device runs it, on a state without its static leaves."""
+        return self._train_step(statics) if isinstance(self.fn, TrainStep) else _on_arrays(self.fn, statics)
+
     def _train_step(self, statics: Statics) -> TrainStep:
         """The composed step with what only sharding knows: the remat policy, and static leaves that the loss wants back."""
         step, policy = self.fn, self._options.remat
         assert isinstance(step, TrainStep)
         if statics:
-            _, inside = split_statics(jax.tree.unflatten(statics.treedef, statics.full(None)).params)
-            step = step.with_loss(lambda loss: _given(loss, inside))
+            _, inside = split_statics(jax.tree.unflatten(statics.treedef, statics.full(0)).params)
+            step = replace(step, trainable=inside.strip(step.trainable)).with_loss(lambda loss: _given(loss, inside))
         return step if policy is None else step.with_loss(lambda loss: remats.apply(loss, policy))
 
 

@@ -54,8 +54,8 @@ def topology(target: str) -> list[jax.Device]:
       The devices, slice by slice and host by host. Give them to `jzero.make_mesh(devices=...)` or `jax.make_mesh`.
 
     Sets `TPU_SKIP_MDS_QUERY`, `TPU_ACCELERATOR_TYPE`, `TPU_WORKER_HOSTNAMES` and `ALLOW_MULTIPLE_LIBTPU_LOAD` for the length
-    of the call where they are not set (libtpu reads them when it loads). Set `JAX_PLATFORMS=cpu` before jax is imported,
-    or jax looks for a GPU.
+    of the call where they are not set (libtpu reads them when it loads). Set `JAX_PLATFORMS=cpu` before jax is imported, or
+    jax looks for a GPU.
 
     Raises:
       ValueError: the target is not known or not a shape the compiler accepts.

@@ -8,6 +8,7 @@ import numpy as np
 
 from jzero._errors import columns, explain
 from jzero._tree import is_key, named_leaves, short
+from jzero.engine import compiler
 from jzero.engine.statics import split_statics
 from jzero.shard import ShardedStep
 
@@ -39,13 +40,8 @@ def verify(step: ShardedStep, state: Any, *batch: Any, rtol: float | None = None
       >>> verify(step, state, jnp.ones((8, 64)))
     """
     arrays, statics = split_statics(state)
-    device = next(device for device in step.mesh.devices.flat if device.process_index == jax.process_index())
-    alone = jax.tree.map(lambda leaf: jax.device_put(_whole(leaf), device, may_alias=False), arrays)
-    rows = jax.tree.map(lambda leaf: jax.device_put(_whole(leaf), device), batch)
-    if statics:
-        expected, _ = step.fn(statics.merge(alone), *rows)
-    else:
-        expected, _ = jax.jit(step.fn)(alone, *rows)
+    alone, rows = jax.tree.map(_uncommitted, (arrays, batch))
+    expected, _ = jax.jit(step.unsharded(statics), compiler_options=compiler.options(step.mesh))(alone, *rows)
     actual, _ = step(step.place(state), *batch)
     different = _compare(split_statics(actual)[0], split_statics(expected)[0], rtol)
     if different:
@@ -60,6 +56,11 @@ def verify(step: ShardedStep, state: Any, *batch: Any, rtol: float | None = None
         raise ValueError(
             explain("jzero.verify", f"{len(different)} leaves differ after one step", found=table, context=context, fix=fix)
         )
+
+
+def _uncommitted(leaf: Any) -> Any:
+    """The whole leaf on the default device, free to follow a constraint on a mesh that the step itself makes."""
+    return jax.device_put(_whole(leaf), may_alias=False)
 
 
 def _whole(leaf: Any) -> Any:

@@ -6,6 +6,7 @@ A loss in the table of mixed ones must be said to be mixed, and the numbers must
 
 import gc
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import flax.linen as nn
@@ -33,6 +34,7 @@ from jzero.reduction import (
     is_sum,
 )
 from jzero.reduction.control import STEPS
+from jzero.reduction.states import Shapes, fits
 from jzero.reduction.walk import RULES
 
 B, T, V, D = 12, 4, 5, 3  # 2 and 3 divide B; no other size is a multiple of it
@@ -249,6 +251,7 @@ MEANS = {
     "straight through": lambda p, b: (b["x"] @ straight_through(p["w"])).mean(),
     "stop_gradient": lambda p, b: jnp.mean(logits_of(p, b) * lax.stop_gradient(jax.nn.softmax(logits_of(p, b)))),
     "covariance": lambda p, b: jnp.sum(jnp.einsum("bi,bj->ij", b["x"], b["x"]) * p["square"]) / b["x"].shape[0],
+    "divided by ones": lambda p, b: jnp.sum(logits_of(p, b)) / jnp.ones((b["x"].shape[0], V)).sum(),
     "no batch": lambda p, _: jnp.sum(p["w"] ** 2),
 }
 
@@ -282,6 +285,40 @@ def centered_loss(p, b):
 def load_balance(p, b):
     share = jax.nn.softmax(logits_of(p, b)).mean(axis=0)
     return jnp.sum(share**2)  # LINE: load balance
+
+
+def tokens_in_two_orders(p, b):
+    features = b["z"] @ p["square"]
+    return features.reshape(-1, D), features.swapaxes(0, 1).reshape(-1, D)
+
+
+def window_from_own_place(p, b):
+    logits = logits_of(p, b)
+    pairs = jax.vmap(lambda i: lax.dynamic_slice_in_dim(logits, i, 2))(jnp.arange(logits.shape[0]))
+    return jnp.mean(pairs[:, 0] * pairs[:, 1])
+
+
+def delayed_carry(p, b):
+    """The sum over examples reaches the nonlinear function an iteration later."""
+
+    def step(carry, h):
+        late, sum_now = carry
+        return (sum_now, sum_now + jnp.mean(h @ p["w"])), late**2
+
+    _, squares = lax.scan(step, (jnp.zeros(()), jnp.zeros(())), b["z"].swapaxes(0, 1))
+    return squares.sum()
+
+
+def windows_over_examples(p, b):
+    return jnp.mean(lax.reduce_window(logits_of(p, b), 0.0, lax.add, (2, 1), (1, 1), "SAME") ** 2)
+
+
+def convolved_over_examples(p, b):
+    return lax.conv_general_dilated(b["x"][None], p["kernel"], (1,), "SAME", dimension_numbers=("NTC", "TIO", "NTC")).mean()
+
+
+def shifted_by_padding(p, b):
+    return jnp.mean(logits_of(p, b) * lax.pad(logits_of(p, b), jnp.zeros((), p["w"].dtype), [(1, -1, 0), (0, 0, 0)]))
 
 
 def stop_when_all_small(p, b):
@@ -339,6 +376,14 @@ MIXED = {
     "place in the batch": lambda p, b: jnp.mean(logits_of(p, b) * jnp.arange(b["x"].shape[0])[:, None]),
     "place beyond the first": lambda p, b: jnp.sum(jnp.where(jnp.arange(b["x"].shape[0]) > 0, logits_of(p, b)[:, 0], 0.0)),
     "other rows": lambda p, b: jnp.mean(logits_of(p, b)[b["y"] % 2]),
+    "other rows, clipped": lambda p, b: jnp.mean(jnp.take(logits_of(p, b), b["y"], axis=0, mode="clip")),
+    "first merged tokens": lambda p, b: token_logits(p, b).reshape(-1, V)[jnp.arange(b["y"].shape[0]), b["y"]].mean(),
+    "window from own place": window_from_own_place,
+    "windows over examples": windows_over_examples,
+    "convolved over examples": convolved_over_examples,
+    "shifted by padding": shifted_by_padding,
+    "two orders of tokens": lambda p, b: jnp.mean(jnp.multiply(*tokens_in_two_orders(p, b))),
+    "two orders contracted": lambda p, b: jnp.einsum("ni,ni->", *tokens_in_two_orders(p, b)),
     "table by place": lambda p, b: jnp.mean(jnp.sin(jnp.arange(16.0))[jnp.arange(b["x"].shape[0])] * logits_of(p, b)[:, 0]),
     "exp of mean": lambda p, b: jnp.exp(ce(logits_of(p, b), b["y"]).mean()),
     "root mean square": lambda p, b: jnp.sqrt(jnp.mean(logits_of(p, b) ** 2)),
@@ -347,6 +392,12 @@ MIXED = {
     "rounded mean": lambda p, b: (100 * jnp.mean(logits_of(p, b) * 1.2345)).astype(jnp.int32) * p["gate"],
     "integer mean": lambda p, b: (jnp.sum(7 * b["length"]) // b["length"].shape[0]) * p["gate"],
     "square of the size": lambda p, b: jnp.sum(logits_of(p, b)) / b["x"].shape[0] ** 2,
+    "product of means": lambda p, b: jnp.mean(logits_of(p, b)) * jnp.mean(jnp.sin(b["x"])),
+    "integer division": lambda p, b: lax.div(jnp.sum(7 * b["length"]), jnp.sum(jnp.ones_like(b["length"]))) * p["gate"],
+    "size as a power": lambda p, b: jnp.mean((0.9 + 0.1 * jnp.tanh(logits_of(p, b))) ** b["x"].shape[0]),
+    "size undone": lambda p, b: jnp.mean(jnp.tanh(logits_of(p, b) / b["x"].shape[0]) * b["x"].shape[0]),
+    "size in a map": lambda p, b: lax.map(lambda x: jnp.tanh((x @ p["w"]).sum() / b["x"].shape[0]), b["x"]).mean(),
+    "delayed carry": delayed_carry,
     "size inside": lambda p, b: jnp.mean(jnp.tanh(logits_of(p, b) / b["x"].shape[0])),
     "groups across examples": lambda p, b: jnp.mean(jnp.max(b["x"].reshape(2, -1, D), axis=1) @ p["w"]),
     "time-major groups": lambda p, b: jnp.mean(jnp.max(b["z"].swapaxes(0, 1).reshape(2, -1, D), axis=1) @ p["w"]),
@@ -462,28 +513,17 @@ def test_aux_outputs_are_judged_one_by_one():
             "e counts": jnp.zeros(V, jnp.int32).at[b["y"]].add(1),
             "f norm": optax.tree.norm(p),
             "g size": jnp.float32(b["x"].shape[0]),
-            "h perplexity": jnp.exp(ce(logits, b["y"]).mean()),
-            "i ones": jnp.ones((b["x"].shape[0], 2)),
-            "j time major": features.swapaxes(0, 1).reshape(-1, V),
-            "k scaled": features / b["x"].shape[0],
-            "l places": jnp.arange(b["x"].shape[0]),
+            "m perplexity": jnp.exp(ce(logits, b["y"]).mean()),
+            "h ones": jnp.ones((b["x"].shape[0], 2)),
+            "i time major": features.swapaxes(0, 1).reshape(-1, V),
+            "j scaled": features / b["x"].shape[0],
+            "k places": jnp.arange(b["x"].shape[0]),
+            "l twice": jnp.concatenate([b["x"], b["x"]]),
         }
 
     outputs = verdict_of(loss, make_params(), make_batch()).outputs
-    wanted = [
-        Sum(1),
-        Sum(1),
-        PerExample(0),
-        PerExample(1),
-        Sum(2),
-        INDEPENDENT,
-        Sum(2),
-        Mixed,
-        PerExample(0),
-        Mixed,
-        Mixed,
-        Mixed,
-    ]
+    good = [Sum(1), Sum(1), PerExample(0), PerExample(1), Sum(2), INDEPENDENT, Sum(2), PerExample(0)]
+    wanted = [*good, Mixed, Mixed, Mixed, Mixed, Mixed]
     assert [Mixed if isinstance(state, Mixed) else state for state in outputs] == wanted
     assert is_independent(outputs[5])
     assert is_per_example(outputs[2], 0)
@@ -551,11 +591,18 @@ def test_a_cached_library_trace_does_not_name_its_first_caller():
     assert "second" in wheres[1]
 
 
-def test_a_program_that_depends_on_the_batch_size():
-    def loss(p, b):
-        return b["x"].mean() if b["x"].shape[0] < 20 else jnp.sin(b["x"]).mean()
-
-    assert "depends on the batch size" in verdict_of(loss, make_params(), make_batch()).outputs[0].reason
+@pytest.mark.parametrize(
+    "by_size",
+    [
+        lambda h, is_small: h.mean() if is_small else jnp.sin(h).mean(),
+        lambda h, is_small: (jnp.cos(h) if is_small else jnp.sin(h)).mean(),
+        lambda h, is_small: jnp.subtract(*[jnp.sin(h), jnp.sin(2 * h)][:: 1 if is_small else -1]).mean(),
+    ],
+    ids=["longer", "other primitive", "other wiring"],
+)
+def test_a_program_that_depends_on_the_batch_size(by_size):
+    state = verdict_of(lambda p, b: by_size(b["x"], b["x"].shape[0] < 20), make_params(), make_batch()).outputs[0]
+    assert "depends on the batch size" in state.reason
 
 
 def test_a_loss_that_only_traces_at_one_batch_size():
@@ -598,6 +645,17 @@ def test_what_cannot_be_seen_is_mixed_and_prints_are_ignored():
         return jnp.mean(logits_of(p, b))
 
     assert is_mean(verdict_of(printing, make_params(), make_batch()).outputs[0])
+
+
+def test_a_claim_must_fit_the_shapes():
+    fixed, growing = Shapes((4, 3), (4, 3), 4, 2), Shapes((4, 3), (8, 3), 4, 2)
+    assert fits(INDEPENDENT, fixed)
+    assert fits(PerExample(0), growing)
+    assert not fits(PerExample(0), fixed)
+    assert not fits(PerExample(1), growing)
+    assert not fits(INDEPENDENT, growing)
+    assert not fits(Sum(Fraction(1)), growing)
+    assert not fits(PerExample(0), Shapes((5,), (10,), 4, 2))  # not whole examples
 
 
 class Block(nn.Module):

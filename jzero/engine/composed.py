@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jzero import _compat
 from jzero import precision as precisions
 from jzero._tree import is_key
 from jzero.comm import Auto, Comm, Manual
-from jzero.engine.layout import Layout, Options, Trace, batch_shardings, check_same_state
+from jzero.engine.layout import Layout, Options, Trace, batch_shardings, check_effects, check_same_state
 from jzero.engine.scalars import add_up
-from jzero.gather import Fact, differentiable
+from jzero.gather import Fact, constraints_on, differentiable
 from jzero.gather.composed import Parts
 from jzero.gather.facts import Reading, rooted
 from jzero.mesh import axis_size, batch_axes
@@ -119,13 +120,24 @@ class Gradients:
         self.key = step.step_key(state)
         self.examples = self._examine()
         self.manual = step.reduction == "local" or (step.reduction == "auto" and self.examples.kind != "mixed")
-        self.trace = Trace(self.manual, list(self.examples.findings))
+        self.trace = Trace(self.manual, self._findings())
 
     def _examine(self) -> Examples:
         shards = self.num_shards if self.step.reduction != "global" else 1
         num_parts = self.step.accumulate * shards
         micro = microbatch_shapes(self.batch, num_parts)
         return self.step.examples(self._params(self.leaves), micro, self.key, self.state.model_state, num_parts=num_parts)
+
+    def _findings(self) -> list[str]:
+        """What the analysis of the loss found, and what is done about it."""
+        by_shard = "is the mean of the shards' own, as reduction='local' asks, although"
+        done = by_shard if self.manual else "stays global, reduced in every microbatch, because"
+        found = [*self.examples.notes]
+        found += [f"{what} {done} examples meet before the final mean: {where}" for what, where in self.examples.meetings]
+        if self.manual and self.examples.program is not None:
+            lost = constraints_on(self.examples.program, self.batch_axes)
+            found += [f"constraint dropped, since there each shard computes its own rows: {where}" for where in lost]
+        return found
 
     def _params(self, leaves: Sequence[Any]) -> Any:
         return jax.tree.unflatten(self.treedef, leaves)
@@ -167,6 +179,7 @@ class Gradients:
         micro = microbatch_shapes(batch, step.accumulate)
         whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._params(self.leaves))
         program = step.trace(whole, micro, rngs(0), model_state)
+        check_effects(program.jaxpr, self.options)
         weight = normaliser(
             program, self.examples, batch, num_micro=step.accumulate, num_shards=num_shards, rngs=rngs, model_state=model_state,
             add_up=self._over_shards if comm.is_local else (lambda value: value),
@@ -208,7 +221,8 @@ class Gradients:
 
         def local(leaves: Any, batch: Any, model_state: Any, key: jax.Array, scale: jax.Array, shard: jax.Array) -> Any:
             rngs = partial(self.step.microbatch_key, key, shard=shard[0])
-            sums, weight, program = self._sums(leaves, batch, model_state, rngs, scale, comm, self.num_shards)
+            with _compat.constraints_apart_from(self.batch_axes):
+                sums, weight, program = self._sums(leaves, batch, model_state, rngs, scale, comm, self.num_shards)
             traced[:] = [weight.exact, program]
             return self._added_up(sums, parameters.select(splits, self.mask)), weight.before
 

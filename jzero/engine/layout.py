@@ -7,11 +7,12 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from jzero import roles
+from jzero import _compat, roles
 from jzero import rules as placing
 from jzero._errors import explain
 from jzero._tree import named_leaves, short
 from jzero._types import Placement, Role
+from jzero.mesh import describe
 from jzero.rules.batch import check_batch
 from jzero.stages import Stage
 
@@ -103,3 +104,13 @@ def check_same_state(before: Any, after: Any) -> None:
         found = [f"{path}   in {short(old)}, out {short(new)}" for path, old, new in wrong]
         fix = "Cast the leaf back inside the step, or make it with the dtype it ends with."
         raise TypeError(explain("jzero.shard", f"the step changes {len(wrong)} leaves of its state", found=found, fix=fix))
+
+
+def check_effects(jaxpr: Any, options: Options) -> None:
+    """Ordered effects (`debug.print(ordered=True)`, ordered callbacks) run on one device only."""
+    effects = _compat.ordered_effects(jaxpr)
+    if effects and options.mesh.size > 1:
+        problem = f"ordered effects cannot run on {options.mesh.size} devices"
+        context = f"mesh {describe(options.mesh)}; stage {options.stage.number}"
+        fix = "Use ordered=False (as jax.debug.print does by default), or move the effect out of the step."
+        raise NotImplementedError(explain("jzero.shard", problem, found=sorted(set(effects)), context=context, fix=fix))

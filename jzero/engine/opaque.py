@@ -5,10 +5,9 @@ from typing import Any
 
 import jax
 
-from jzero import _compat
 from jzero._errors import explain
 from jzero.comm import Auto
-from jzero.engine.layout import Layout, Options, Trace, check_same_state
+from jzero.engine.layout import Layout, Options, Trace, check_effects, check_same_state
 from jzero.gather import Fact, constrained
 from jzero.gather.facts import Reading
 
@@ -33,7 +32,7 @@ def build(fn: Callable[..., Any], layout: Layout, options: Options, traces: list
     def sharded(state: Any, *batch: Any) -> tuple[Any, Any]:
         jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(state, *batch)
         _check_result(state, shapes)
-        _check_effects(jaxpr, options)
+        check_effects(jaxpr, options)
         leaves = jax.tree.leaves(batch)
         traces[:] = [Trace(jaxpr=jaxpr, facts=(*facts, *[None] * len(leaves)))]
         out = constrained(jaxpr, traces[0].facts, [*jax.tree.leaves(state), *leaves], reading=reading, comm=comm)
@@ -49,11 +48,3 @@ def _check_result(state: Any, shapes: Any) -> None:
             explain("jzero.shard", "the step must return (state, aux)", found=[f"got {type(shapes).__name__}"], fix=fix)
         )
     check_same_state(state, shapes[0])
-
-
-def _check_effects(jaxpr: Any, options: Options) -> None:
-    effects = _compat.ordered_effects(jaxpr)
-    if effects and options.mesh.size > 1:
-        fix = "Use ordered=False, or move the effect out of the step."
-        problem = f"ordered effects cannot run on {options.mesh.size} devices"
-        raise NotImplementedError(explain("jzero.shard", problem, found=sorted(set(effects)), fix=fix))

@@ -34,6 +34,14 @@ class Statics:
         full = [known[index] if index in known else next(rest) for index in range(self.treedef.num_leaves)]
         return jax.tree.unflatten(self.treedef, full)
 
+    def strip(self, tree: Any) -> Any:
+        """A pytree of the full structure (of bools, say) without what stands where the static leaves do; any other as it is."""
+        leaves, treedef = jax.tree.flatten(tree)
+        if treedef != self.treedef:
+            return tree
+        known = dict(self.leaves)
+        return jax.tree.unflatten(treedef, [None if index in known else leaf for index, leaf in enumerate(leaves)])
+
 
 def split_statics(tree: Any) -> tuple[Any, Statics]:
     """The tree with static leaves taken out (as None), and what was taken."""

@@ -174,8 +174,11 @@ def _cond(strategy: Strategy, eqn: Any, values: list[Any], transfer: Transfer, l
 
         return chosen
 
-    branches = [branch(jaxpr) for jaxpr in eqn.params["branches"]]
-    return wrap(jax.lax.switch(index, branches, *map(_plain, operands)), transfer.leaving)
+    branches, args = [branch(jaxpr) for jaxpr in eqn.params["branches"]], [_plain(value) for value in operands]
+    if platforms := eqn.params.get("branches_platforms"):  # one branch per platform: the others may not even lower
+        chosen = {name: branch for names, branch in zip(platforms, branches, strict=True) for name in names or ("default",)}
+        return wrap(jax.lax.platform_dependent(*args, **chosen), transfer.leaving)
+    return wrap(jax.lax.switch(index, branches, *args), transfer.leaving)
 
 
 _NESTED: dict[str, Callable[[Strategy, Any, list[Any], Transfer, Level], list[Any]]] = {

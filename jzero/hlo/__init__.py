@@ -1,12 +1,12 @@
 """Compiled programs read from their HLO text: what moves between devices, between which, and how often per step."""
 
 from jzero.hlo.collectives import Collective as Collective
-from jzero.hlo.collectives import Kind as Kind
 from jzero.hlo.collectives import collectives as collectives
 from jzero.hlo.groups import Groups as Groups
 from jzero.hlo.groups import axis_of as axis_of
 from jzero.hlo.groups import decode as decode
 from jzero.hlo.groups import group_size as group_size
+from jzero.hlo.meaning import Kind as Kind
 from jzero.hlo.text import Computation as Computation
 from jzero.hlo.text import Instruction as Instruction
 from jzero.hlo.text import Module as Module

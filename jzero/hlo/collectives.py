@@ -5,14 +5,12 @@ arrays, as a chain of fused pieces (TPU), as an all-reduce whose result is slice
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from jzero.hlo.groups import Groups, decode, decode_pairs, group_size
 from jzero.hlo.loops import trip_count
-from jzero.hlo.slices import is_sliced, scatter_fusion
+from jzero.hlo.meaning import Kind, beside_windowed, is_sliced, scatter_fusion, windowed
 from jzero.hlo.text import Computation, Instruction, Module, Shape, attribute, called
-
-Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
 
 _KINDS: dict[str, Kind] = {
     "all-gather": "all-gather",
@@ -38,7 +36,7 @@ class Collective(NamedTuple):
     op_name: str
     source: str  # "file:line" of the user code, or ""
     channel_id: int | None
-    sliced: bool = False  # an all-reduce whose readers all take one piece: a reduce-scatter in meaning
+    meaning: Kind  # `kind`, but for an all-reduce of which each device keeps a piece, and a collective done by permutes
     chain: str = ""  # the same for all pieces of a collective that the compiler spread over several fusions
 
     @property
@@ -50,6 +48,11 @@ class Collective(NamedTuple):
     def full_bytes(self) -> int:
         """Bytes of the full side per device, per execution."""
         return sum(array.bytes for array in self.arrays)
+
+    @property
+    def sliced(self) -> bool:
+        """An all-reduce whose readers all take one piece of it: a reduce-scatter in meaning."""
+        return self.kind == "all-reduce" and self.meaning == "reduce-scatter"
 
     @property
     def num_ops(self) -> int:
@@ -65,6 +68,7 @@ class _Place(NamedTuple):
     num_devices: int
     count: int | None
     loop_depth: int
+    windowed: str = ""  # inside a loop that does a matrix product and its collective together: the body's name
     piece_of: str = ""  # inside a fusion that carries a piece of a collective
     scatters: bool = False  # inside an `all-reduce-scatter` fusion
 
@@ -105,8 +109,9 @@ def _of(instruction: Instruction, place: _Place) -> Iterable[Collective]:
 def _in_loop(loop: Instruction, place: _Place) -> list[Collective]:
     trips = trip_count(loop, place.home, place.module)
     count = None if trips is None or place.count is None else trips * place.count
-    names = called(loop, "body", "condition")
-    return [one for name in names for one in _walk(place.inside(name, count=count, loop_depth=place.loop_depth + 1))]
+    body, *others = called(loop, "body", "condition")
+    inside = {"count": count, "loop_depth": place.loop_depth + 1, "windowed": body if windowed(body) else place.windowed}
+    return [one for name in (body, *others) for one in _walk(place.inside(name, **inside))]
 
 
 def _in_branches(conditional: Instruction, place: _Place) -> list[Collective]:
@@ -152,9 +157,19 @@ def _collective(instruction: Instruction, place: _Place) -> Collective:
         op_name=instruction.op_name,
         source=place.module.source(instruction),
         channel_id=int(channel) if channel else None,
-        sliced=kind == "all-reduce" and is_sliced(instruction, place.home, place.module, group_size(groups)),
+        meaning=_meaning(kind, instruction, group_size(groups), place),
         chain=_chain(instruction, place),
     )
+
+
+def _meaning(kind: Kind, instruction: Instruction, num_members: int, place: _Place) -> Kind:
+    if kind == "all-reduce" and is_sliced(instruction, place.home, place.module, num_members):
+        return "reduce-scatter"
+    if kind == "all-reduce" and instruction.op_name.endswith("all_gather"):  # the TPU compiler's way with tiny gathers
+        return "all-gather"
+    if kind == "collective-permute":
+        return windowed(place.windowed) or beside_windowed(instruction, place.home) or kind
+    return kind
 
 
 def _groups(instruction: Instruction, num_devices: int) -> Groups:

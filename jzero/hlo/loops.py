@@ -3,6 +3,7 @@
 A counted loop's state holds a counter that starts at a constant, grows by a constant and is compared with a constant.
 """
 
+import operator
 import re
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from jzero.hlo.text import Computation, Instruction, Module, attribute, called
 
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SAME_VALUE = {"copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "opt-barrier"}
+_PASSES = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "NE": operator.ne}
 _FLIPPED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE", "EQ": "EQ"}
 
 
@@ -50,13 +52,16 @@ def trip_count(loop: Instruction, home: Computation, module: Module) -> int | No
 
 
 def _iterations(start: int, step: int, bound: int, direction: str) -> int | None:
-    """How often `start, start + step, ...` passes the comparison with `bound`."""
-    toward = {"LT": step, "LE": step, "GT": -step, "GE": -step, "NE": step if bound >= start else -step}.get(direction, 0)
-    if toward <= 0:
-        return None
-    distance = abs(bound - start) if direction == "NE" else (bound - start) * (1 if step > 0 else -1)
-    distance += direction in ("LE", "GE")
-    return max(0, -(-distance // abs(step)))
+    """How often `start, start + step, ...` passes the comparison with `bound`; None for endlessly, or a direction unknown."""
+    passes = _PASSES.get(direction)
+    if passes is None or not passes(start, bound):
+        return None if passes is None else 0
+    distance = bound - start
+    if direction == "NE":
+        return distance // step if step and distance % step == 0 and distance // step > 0 else None
+    if direction in ("GT", "GE"):
+        distance, step = -distance, -step
+    return -(-(distance + (direction in ("LE", "GE"))) // step) if step > 0 else None
 
 
 def _comparison(loop: Instruction, module: Module) -> tuple[_Value, _Value, str] | None:

@@ -32,6 +32,7 @@ class Verdict(NamedTuple):
 
     outputs: tuple[State, ...]
     findings: tuple[str, ...]
+    program: Any = None  # the jaxpr at the batch size of the arguments
 
 
 def analyze(
@@ -75,12 +76,13 @@ def _verdict(small: Any, large: Any, batch_dims: Sequence[int | None], context: 
     states = walk(small, large, ins, context)
     shapes = [context.shapes(a, b) for a, b in zip(small.outvars, large.outvars, strict=True)]
     outputs = tuple(map(_public, states, shapes))
-    return Verdict(outputs, tuple(dict.fromkeys(f"{s.where}: {s.reason}" for s in outputs if isinstance(s, Mixed))))
+    findings = dict.fromkeys(f"{s.where}: {s.reason}" for s in outputs if isinstance(s, Mixed))
+    return Verdict(outputs, tuple(findings), small)
 
 
 def _nothing_known(reason: str, where: str, small: Any) -> Verdict:
     mixed = Mixed(reason, where or "an unknown line")
-    return Verdict((mixed,) * len(small.outvars), (f"{mixed.where}: {reason}",))
+    return Verdict((mixed,) * len(small.outvars), (f"{mixed.where}: {reason}",), small)
 
 
 def _public(state: AnyState, shapes: Shapes) -> State:

@@ -15,11 +15,20 @@ from jzero.step import gradient
 from jzero.step.loss import LossCall, Outcome, Summed
 
 
+class Meeting(NamedTuple):
+    """An output of a loss in which examples meet before the final mean, and the line where they do."""
+
+    what: str
+    where: str
+
+
 class Examples(NamedTuple):
     """How the examples of a batch meet in a loss: "mean" and "sum" can be computed shard by shard, "mixed" cannot."""
 
     kind: Literal["mean", "sum", "mixed"]
-    findings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    meetings: tuple[Meeting, ...] = ()  # why it is mixed
+    program: Any = None  # the jaxpr that was looked at
 
 
 class Normaliser(NamedTuple):
@@ -102,14 +111,13 @@ def _judge(verdict: reductions.Verdict, outcome: Outcome, ranks: list[int], fact
             stated = isinstance(value, Summed) or ranks[leaf] == 0
             mixed += _unless(stated or states[leaf] == reductions.PerExample(0), "aux", states[leaf])
     if mixed:
-        return Examples("mixed", tuple(dict.fromkeys(mixed)))
+        return Examples("mixed", (), tuple(dict.fromkeys(mixed)), verdict.program)
     kind = "sum" if outcome.weight is None and is_sum and not reductions.is_mean(loss) else "mean"
     notes = ("the loss is a sum over examples: shards and microbatches are added, not averaged",) if kind == "sum" else ()
-    return Examples(kind, notes)
+    return Examples(kind, notes, (), verdict.program)
 
 
-def _unless(fine: bool, what: str, state: Any) -> list[str]:
+def _unless(fine: bool, what: str, state: Any) -> list[Meeting]:
     if fine:
         return []
-    where = f"{state.where}: {state.reason}" if isinstance(state, reductions.Mixed) else f"it is {state}"
-    return [f"{what} stays global, reduced in every microbatch, because examples meet before the final mean: {where}"]
+    return [Meeting(what, f"{state.where}: {state.reason}" if isinstance(state, reductions.Mixed) else f"it is {state}")]

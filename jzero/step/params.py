@@ -34,6 +34,11 @@ def trainable_mask(params: Any, trainable: Any) -> tuple[bool, ...]:
     return mask
 
 
+def as_array(leaf: Any) -> Any:
+    """A Python number as an array, so that it counts as what it is once the step is traced; anything else as it is."""
+    return jnp.array(leaf) if isinstance(leaf, int | float | complex) else leaf
+
+
 def _from_tree(params: Any, trainable: Any) -> list[bool]:
     if jax.tree.structure(trainable) != jax.tree.structure(params):
         found = [f"params:    {jax.tree.structure(params)}", f"trainable: {jax.tree.structure(trainable)}"]
@@ -55,12 +60,14 @@ def merge(chosen: Sequence[Any], leaves: Sequence[Any], mask: Sequence[bool]) ->
 
 
 def for_optimizer(treedef: Any, leaves: Sequence[Any], mask: Sequence[bool]) -> Any:
-    """A tree for optax in which frozen leaves are empty nodes, and the rest is float32 or wider."""
-    wide = [
-        leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if kept else optax.MaskedNode()
-        for leaf, kept in zip(leaves, mask, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, wide)
+    """A tree for optax in which frozen leaves are empty nodes, what is no array is None, and the rest is float32 or wider."""
+
+    def seen(leaf: Any, kept: bool) -> Any:
+        if kept:
+            return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        return optax.MaskedNode() if hasattr(leaf, "dtype") else None
+
+    return jax.tree.unflatten(treedef, [seen(leaf, kept) for leaf, kept in zip(leaves, mask, strict=True)])
 
 
 def store_moments(opt_state: Any, policy: PrecisionPolicy, convert: Callable[[jax.Array, Any], jax.Array] | None = None) -> Any:

@@ -58,7 +58,7 @@ class TrainStep:
                     "TrainStep.init", "extra arguments need a function that makes the parameters", found=[f"{len(args)} extra"]
                 )
             )
-        params = precisions.cast(params, self.policy.param)
+        params = precisions.cast(jax.tree.map(parameters.as_array, params), self.policy.param)
         leaves, treedef = jax.tree.flatten(params)
         mask = parameters.trainable_mask(params, self.trainable)
         opt_state = self.optimizer.init(parameters.for_optimizer(treedef, leaves, mask))
@@ -106,7 +106,7 @@ class TrainStep:
     def examples(self, compute: Any, micro: Any, rng: Any, model_state: Any, *, num_parts: int) -> Examples:
         """How the examples of a microbatch meet in the loss; a batch in one part is traced no further, and counts as a mean."""
         if num_parts == 1:
-            return Examples("mean", ())
+            return Examples("mean")
         return examples_of(self.call, compute, micro, rng, model_state, num_parts=num_parts)
 
     def step_key(self, state: TrainState) -> jax.Array:

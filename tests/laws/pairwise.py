@@ -36,7 +36,9 @@ def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[Entry]:
         entry = {first[0]: first[1], first[2]: first[3]}
         for name in order:
             if name not in entry:
-                entry[name] = min(factors[name], key=lambda value: (-_gain(entry, name, value, order, open_pairs), used[name, value]))  # noqa: B023
+                entry[name] = min(
+                    factors[name], key=lambda value: (-_gain(entry, name, value, order, open_pairs), used[name, value])
+                )
         for item in entry.items():
             used[item] += 1
         entry = {name: entry[name] for name in order}

@@ -1,8 +1,17 @@
-"""Whether an all-reduce is a reduce-scatter in meaning: every reader takes only this device's piece of the result."""
+"""What a collective stands for, where the compiler wrote it as something else.
 
-from typing import NamedTuple
+An all-reduce of which every reader takes one piece is a reduce-scatter. The TPU compiler turns a matrix product with a
+gathered or scattered side into a loop of permutes and partial products ("windowed dot": Wang et al., Overlap communication
+with dependent computation via decomposition in large deep learning models, 2023).
+"""
+
+from typing import Literal, NamedTuple
 
 from jzero.hlo.text import Computation, Instruction, Module, attribute, called
+
+Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
+
+_WINDOWED: dict[str, Kind] = {"windowed_dot_general_body_ag": "all-gather", "windowed_dot_general_body_rs": "reduce-scatter"}
 
 # What may stand between the reduction and the slice: values move or change one by one, none is dropped for good.
 _VIEWS = {
@@ -27,6 +36,17 @@ def is_sliced(reduction: Instruction, home: Computation, module: Module, group_s
 def scatter_fusion(instruction: Instruction) -> bool:
     """Whether a fusion is the TPU compiler's `all-reduce-scatter`: an all-reduce and its slice in one operation."""
     return "all-reduce-scatter" in instruction.name + (attribute(instruction, "calls") or "")
+
+
+def windowed(body: str) -> Kind | None:
+    """The collective that a loop with this body does piece by piece, beside a matrix product."""
+    return next((kind for name, kind in _WINDOWED.items() if name in body), None)
+
+
+def beside_windowed(permute: Instruction, home: Computation) -> Kind | None:
+    """The same for the permutes before and after such a loop, which have its op_name."""
+    loops = (one for one in home.instructions.values() if one.opcode == "while" and one.op_name == permute.op_name)
+    return next((kind for loop in loops if (kind := windowed(called(loop, "body")[0]))), None)
 
 
 def _all_slice(name: str, place: _Inside, module: Module, group_size: int) -> bool:
