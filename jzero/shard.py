@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jzero import mesh as meshes
 from jzero import remat as remats
 from jzero import stages
-from jzero._errors import columns, explain
+from jzero._errors import StageNotAchieved, columns, explain
 from jzero._tree import named_leaves, short
 from jzero.engine import compiler, composed, opaque, reporting
 from jzero.engine.layout import Layout, Options, Trace, batch_shardings, layout
@@ -128,7 +128,10 @@ class ShardedStep:
         key = (*_signature(arrays), statics, *_signature(batch))
         if key not in self._programs:
             placed, lowered, trace = self._lower(arrays, statics, batch)
-            self._programs[key] = _Program(placed, statics, lowered, trace)
+            program = _Program(placed, statics, lowered, trace)
+            if self._options.strict:
+                _check_achieved(program, self._options)
+            self._programs[key] = program
         program = self._programs[key]
         _check_placed(arrays, program.layout, self._options)
         self._recent[_signature(batch)] = program
@@ -226,6 +229,23 @@ def _check_placed(arrays: Any, placed: Layout, options: Options) -> None:
         context = f"mesh {meshes.describe(options.mesh)}; stage {options.stage.number}"
         fix = "state = step.place(state), or make it with step.init(make_state, ...)."
         raise ValueError(explain(WHO, problem, found=columns(rows[:20]), context=context, fix=fix))
+
+
+def _check_achieved(program: _Program, options: Options) -> None:
+    """What the compiler keeps of the state between steps is what the stage promises, leaf by leaf, coming in and going out."""
+    asked = program.layout.shardings
+    given, returned = program.compiled.input_shardings[0][0], program.compiled.output_shardings[0]
+    rows = []
+    for placement, aval, want, *met in zip(
+        program.layout.placements, program.layout.avals, asked, *map(jax.tree.leaves, (given, returned)), strict=True
+    ):
+        wrong = [where for where in met if not where.is_equivalent_to(want, len(aval.shape))]
+        rows += [[placement.leaf.path, short(aval), _place(where), f"asked for {_place(want)}"] for where in wrong[:1]]
+    if rows:
+        problem = f"stage {options.stage.number} was not achieved: {len(rows)} of {len(asked)} leaves rest elsewhere"
+        context = f"mesh {meshes.describe(options.mesh)}"
+        fix = "Constrain them inside the step, or pass strict=False to go on with what the compiler made."
+        raise StageNotAchieved(explain(WHO, problem, found=columns(rows[:20]), context=context, fix=fix))
 
 
 def _place(sharding: Any) -> str:

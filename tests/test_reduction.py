@@ -412,6 +412,8 @@ MIXED = {
 }
 
 
+ONLY_GRADIENTS_MIX = {"normalised gradient", "clipped gradient", "clipped gradient of weights", "leaking tangent"}
+
 UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # half the compile time
 
 
@@ -473,10 +475,12 @@ def test_shards_make_the_whole(losses, combine):
     assert not wrong
 
 
-def test_mixed_losses_really_differ():
-    """From the mean of their halves, and from the sum."""
-    wholes, halves = measured(MIXED, 1), measured(MIXED, 2)
-    nearest = {n: min(difference(wholes[n][0], combined(c, halves[n])) for c in (mean_of, sum)) for n in MIXED}
+@pytest.mark.parametrize("only_gradients", [False, True])
+def test_mixed_losses_really_differ(only_gradients):
+    """From the mean of their halves, and from the sum: values, or gradients where the values are a mean's."""
+    losses = {name: loss for name, loss in MIXED.items() if (name in ONLY_GRADIENTS_MIX) == only_gradients}
+    wholes, halves = (measured(losses, n, gradients=only_gradients) for n in (1, 2))
+    nearest = {n: min(difference(wholes[n][0], combined(c, halves[n])) for c in (mean_of, sum)) for n in losses}
     fine = {name: d for name, d in nearest.items() if d < 1e-4}
     assert not fine
 
@@ -596,9 +600,10 @@ def test_a_cached_library_trace_does_not_name_its_first_caller():
     [
         lambda h, is_small: h.mean() if is_small else jnp.sin(h).mean(),
         lambda h, is_small: (jnp.cos(h) if is_small else jnp.sin(h)).mean(),
+        lambda h, is_small: lax.switch(jnp.int32(h.ndim), 3 * [jnp.sin] if is_small else 4 * [jnp.sin], h).mean(),
         lambda h, is_small: jnp.subtract(*[jnp.sin(h), jnp.sin(2 * h)][:: 1 if is_small else -1]).mean(),
     ],
-    ids=["longer", "other primitive", "other wiring"],
+    ids=["longer", "other primitive", "other branches", "other wiring"],
 )
 def test_a_program_that_depends_on_the_batch_size(by_size):
     state = verdict_of(lambda p, b: by_size(b["x"], b["x"].shape[0] < 20), make_params(), make_batch()).outputs[0]

@@ -145,7 +145,7 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
         )
         if not any(_has_data(layout.split(index)) for index in range(len(layout.avals))):
             found.append(f"stage {options.stage.number} shards nothing: no leaf is large enough and divisible")
-    respelled = [one for one in measured.collectives if audits.meaning(one) != one.kind]
+    respelled = [one for one in measured.collectives if one.kind == "all-reduce" and audits.meaning(one) != one.kind]
     if respelled:
         count = len(respelled)
         found.append(f"the compiler wrote {count} reduce-scatters or gathers as all-reduces: twice the bytes counted above")

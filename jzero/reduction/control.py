@@ -113,8 +113,10 @@ def _decided_by_examples(eqn: Any, state: AnyState, what: str, context: Context)
 def _cond(small: Any, large: Any, ins: Sequence[AnyState], context: Context) -> Sequence[AnyState]:
     if not is_plain(ins[0]):
         return _decided_by_examples(small, ins[0], "which branch is taken", context)
-    branches = zip(small.params["branches"], large.params["branches"], strict=True)
-    outs = [walk(a, b, ins[1:], context) for a, b in branches]
+    smalls, larges = small.params["branches"], large.params["branches"]
+    if len(smalls) != len(larges):
+        raise DifferentPrograms(source_line(small))
+    outs = [walk(a, b, ins[1:], context) for a, b in zip(smalls, larges, strict=True)]
     shapes, where = _shapes(small.outvars, large.outvars, context), source_line(small, context.call)
     return [upper_bound(states, s, where) for *states, s in zip(*outs, shapes, strict=True)]
 

@@ -43,7 +43,8 @@ RULES = {**pointwise.RULES, **moves.RULES, **along.RULES, **index.RULES, **draws
 def walk(small: Any, large: Any, ins: Sequence[AnyState], context: Context) -> list[AnyState]:
     """The states of the outputs, given those of the inputs."""
     (small, small_consts), (large, large_consts) = open_jaxpr(small), open_jaxpr(large)
-    if len(small_consts) != len(large_consts) or len(small.outvars) != len(large.outvars):
+    counts = [(len(consts), len(j.invars), len(j.outvars)) for j, consts in ((small, small_consts), (large, large_consts))]
+    if counts[0] != counts[1]:
         raise DifferentPrograms
     consts = [closed_over(a, b) for a, b in zip(small_consts, large_consts, strict=True)]
     known: dict[Any, tuple[Any, AnyState]] = {}

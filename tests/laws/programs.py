@@ -173,7 +173,7 @@ def l2_penalty(p, x, t):
 
 @loss(w=W, v=V)
 def global_norm(p, x, t):
-    return jnp.mean(mlp(p, x)) + 0.1 * optax.global_norm(p) + 0.1 * jnp.max(jnp.abs(p["w"]))
+    return jnp.mean(mlp(p, x)) + 0.1 * optax.tree.norm(p) + 0.1 * jnp.max(jnp.abs(p["w"]))
 
 
 @loss(w=W)
@@ -747,7 +747,7 @@ def own_accumulation():
 
         grads, _ = lax.scan(body, jax.tree.map(jnp.zeros_like, params), x.reshape(-1, 2, D).swapaxes(0, 1))
         updates, opt_state = SGD.update(jax.tree.map(lambda g: g / 2, grads), opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), optax.global_norm(grads)
+        return (optax.apply_updates(params, updates), opt_state), optax.tree.norm(grads)
 
     return sgd_state(), train_step
 
@@ -831,7 +831,7 @@ def sharpness_aware():
     def train_step(state, x, t):
         params, opt_state = state
         grads = jax.grad(regression)(params, x)
-        scale = 0.05 / optax.global_norm(grads)
+        scale = 0.05 / optax.tree.norm(grads)
         moved = jax.tree.map(lambda leaf, grad: leaf + scale * grad, params, grads)
         value, grads = jax.value_and_grad(regression)(moved, x)
         updates, opt_state = SGD.update(grads, opt_state, params)

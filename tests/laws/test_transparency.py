@@ -48,7 +48,7 @@ OPAQUE = [Way("opaque", *rest) for rest in itertools.product((3, 1), (8, 3))]
 
 
 def ways(name: str) -> tuple[list[Way], list[Way]]:
-    """The ways that `make test` takes one loss, and those left to `make test-all`; neighbours differ."""
+    """The ways of one loss in `make test`, and those left to `make test-all`. Neighbours in the table go different ways."""
     loss, index = programs.LOSSES[name], list(programs.LOSSES).index(name)
     manual = LOCAL if loss.local else [] if loss.meets else MANUAL
     chosen = [*(manual[i] for i in (index % 2, 3 - index % 2) if manual), GLOBAL[index % 4]]
