@@ -805,3 +805,20 @@ def test_chains_of_operations_keep_their_word(names, start):
     else:
         wanted = mean_of(parts) * (float(state.ratio) if isinstance(state, Sum) else 1)
     np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-5)
+
+
+def test_cudnn_attention_keeps_examples_apart(monkeypatch):
+    """It traces without a GPU once the look at the library's version is answered; its programs are opaque to the walk."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+
+    def loss(w, x):
+        q = (x @ w).reshape(x.shape[0], 64, 2, 64)
+        out = jax.nn.dot_product_attention(q, q, q, is_causal=True, implementation="cudnn")
+        return [jnp.mean(out.astype(jnp.float32) ** 2)]
+
+    args = [jax.ShapeDtypeStruct((128, 128), jnp.bfloat16), jax.ShapeDtypeStruct((4, 64, 128), jnp.bfloat16)]
+    verdict = analyze(loss, args, [None, 0])
+    assert is_mean(verdict.outputs[0]), verdict.findings

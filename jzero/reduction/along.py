@@ -145,6 +145,25 @@ def _one_example_per_window(params: Any, dim: int) -> bool:
     return all(params[name][dim] == 1 for name in sizes if name in params) and tuple(params["padding"][dim]) == (0, 0)
 
 
+def fused_attention(eq: Equation) -> PerExample:
+    """cuDNN's attention of q, k, v[B, ...]: each example attends to itself."""
+    return _apart(eq.ins, PerExample(0))
+
+
+def fused_attention_gradient(eq: Equation) -> PerExample:
+    """Linear in the last operand, the cotangent. A bias's gradient, a sum, has another shape and is refused for that."""
+    *operands, cotangent = eq.ins
+    if not isinstance(cotangent, PerExample) or (cotangent.dim, cotangent.outer) != (0, 1):
+        raise Mixing(PAIRS)
+    return _apart(operands, cotangent)
+
+
+def _apart(operands: Sequence[AnyState], result: PerExample) -> PerExample:
+    if not all(state == PerExample(0) or is_plain(state) for state in operands):
+        raise Mixing(PAIRS)
+    return result
+
+
 RULES = {
     "reduce_sum": Rule(reduce_sum),
     **dict.fromkeys(
@@ -165,6 +184,8 @@ RULES = {
     ),
     "lu_pivots_to_permutation": Rule(along(last(1))),
     "dot_general": Rule(dot_general),
+    "dot_product_attention_fwd_wrapper": Rule(fused_attention),
+    "dot_product_attention_bwd_wrapper": Rule(fused_attention_gradient),
     "conv_general_dilated": Rule(convolution),
     "reduce_window_sum": Rule(window(linear=True)),
     **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window"), Rule(window(linear=False))),

@@ -161,8 +161,8 @@ def compare(actual, expected, exact, group=None):
 
 
 def role(path):
-    """Parameters, first or second moments, as a whole. One sign that adamw turns, where a gradient is near zero, moves an element by
-    the learning rate, which in a leaf of 96 elements is most of the error: two unsharded orders differ there by a factor of 1.7.
+    """Parameters, first or second moments, as a whole. One sign that adamw turns, where a gradient is near zero, moves an
+    element by the learning rate, in a leaf of 96 elements most of the error: two unsharded orders differ there 1.7 times.
     """
     parts = path.split("/")
     return "params" if parts[0] == "0" else parts[2]

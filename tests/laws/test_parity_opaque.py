@@ -1,8 +1,8 @@
 """Parity law, opaque engine: any step under a stage computes what it computes on one device, whatever optax optimizer is in it.
 
-Sharding moves where sums are split, so results differ by rounding. SGD is linear in the gradients: 1e-5 relative L2 per leaf after five
-steps. Optimizers that normalise or take signs amplify rounding, most where the true gradient is zero: at most 3 times what *unsharded*
-orders of summation differ by (DESIGN 6).
+Sharding moves where sums are split, so results differ by rounding. SGD is linear in the gradients: 1e-5 relative L2 per
+leaf after five steps. Optimizers that normalise or take signs amplify rounding, most where the true gradient is zero: at
+most 3 times what *unsharded* orders of summation differ by (DESIGN 6).
 """
 
 import functools
