@@ -159,4 +159,4 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
 
 def _wants_data(placement: Any, options: Options) -> bool:
     """Leaves that are whole because their role is, at this stage, are no finding."""
-    return "under min_shard_elements" in placement.why or "divide" in placement.why or "divisible" in placement.why
+    return any(words in placement.why for words in ("under min_shard_elements", "is a multiple of", "is free"))

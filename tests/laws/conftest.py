@@ -9,4 +9,9 @@ from jzero.engine import compiler
 @pytest.fixture(autouse=True)
 def quick_compiles(monkeypatch):
     needed = compiler.options
-    monkeypatch.setattr(compiler, "options", lambda mesh: {**needed(mesh), **QUICK})
+
+    def options(mesh):
+        is_cpu = mesh.devices.flat[0].platform == "cpu"
+        return {**needed(mesh), **(QUICK if is_cpu else {})}
+
+    monkeypatch.setattr(compiler, "options", options)
