@@ -152,6 +152,7 @@ class ShardedStep:
         donate = (0,) if options.donate else ()
         jitted = jax.jit(
             step, in_shardings=in_shardings, out_shardings=(placed.tree, None), donate_argnums=donate,
+            keep_unused=True,  # a state leaf that the step ignores is still state: placed, donated and reported
             compiler_options=compiler.options(options.mesh),
         )  # fmt: skip
         abstract = jax.tree.unflatten(placed.treedef, placed.avals)

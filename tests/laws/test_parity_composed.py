@@ -22,6 +22,8 @@ from closeness import assert_same_others, assert_within, gaps, on_host, sizes
 from compiling import quick_jit
 from pairwise import label, pairwise, product
 
+pytestmark = pytest.mark.slow  # not yet timed on an idle machine beside the rest of `make test`
+
 import jzero
 
 NUM_STEPS = 5
