@@ -22,9 +22,9 @@ from closeness import assert_same_others, assert_within, gaps, on_host, sizes
 from compiling import quick_jit
 from pairwise import label, pairwise, product
 
-pytestmark = pytest.mark.slow  # not yet timed on an idle machine beside the rest of `make test`
-
 import jzero
+
+pytestmark = pytest.mark.slow  # not yet timed on an idle machine beside the rest of `make test`
 
 NUM_STEPS = 5
 FP32 = 1e-5  # relative L2; DESIGN 6
