@@ -89,11 +89,12 @@ def _limit(leaf: Any) -> float:
 
 
 def _difference(expected: Any, actual: Any) -> float:
-    """Relative L2 difference; 0 where both have the same NaN."""
+    """Relative L2 difference. The same NaN or infinity on both sides is none, on one side it is infinite."""
     left, right = (
         _whole(jax.random.key_data(leaf) if is_key(leaf) else leaf).astype(np.float64) for leaf in (expected, actual)
     )
-    gap, size = np.linalg.norm(np.nan_to_num(left - right, nan=np.inf)), np.linalg.norm(np.nan_to_num(left))
-    same_nans = np.array_equal(np.isnan(left), np.isnan(right))
-    gap = np.linalg.norm((left - right)[~np.isnan(left)]) if same_nans else gap
+    differs = ~((left == right) | (np.isnan(left) & np.isnan(right)))
+    if not np.isfinite([left[differs], right[differs]]).all():
+        return float("inf")
+    gap, size = np.linalg.norm(left[differs] - right[differs]), np.linalg.norm(left[np.isfinite(left)])
     return float(gap / size) if size else float(gap)
