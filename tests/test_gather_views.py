@@ -190,8 +190,8 @@ def test_what_an_operation_is(fn, in_a_loss, in_a_step):
 
 
 def test_an_index_that_is_tracked_makes_it_no_view():
-    shapes = (jax.ShapeDtypeStruct((4, 6), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32))
-    jaxpr = jax.make_jaxpr(lambda w, i: lax.dynamic_slice(w, (0, i), (4, 2)))(*shapes)
+    shapes = (jax.ShapeDtypeStruct((4, 6), jnp.float32), jax.ShapeDtypeStruct((), jnp.uint32))
+    jaxpr = jax.make_jaxpr(lambda w, i: lax.dynamic_slice(w, (jnp.uint32(0), i), (4, 2)))(*shapes)
     assert LOSS.outcome(jaxpr, (ROWS, None)) == (ROWS,)
     assert LOSS.outcome(jaxpr, (ROWS, Fact(1, ()))) == (None,)
 
