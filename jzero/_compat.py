@@ -101,9 +101,8 @@ def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
 def constraints_apart_from(axes: Sequence[str]) -> Iterator[None]:
     """While a program is traced with `axes` manual: what the user's sharding constraints say of them is dropped.
 
-    Every value there is one shard's, so such a constraint says nothing, and JAX refuses it. It refuses constraints of a
-    concrete mesh in loops too, for their mesh is all Auto and the loop's is not; so what is left of a constraint names the
-    mesh that is in force.
+    Every value there is one shard's, so such a constraint says nothing, and JAX refuses it. It refuses a constraint that names
+    a concrete mesh in a loop too, whose types name the mesh in force, partly manual: so what is left of one names that mesh.
     """
     thread, real = threading.get_ident(), pjit._create_sharding_for_array
 

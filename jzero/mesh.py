@@ -24,6 +24,7 @@ def make_mesh(
     tensor: int = 1,
     expert: int = 1,
     devices: Sequence[Any] | None = None,
+    **unknown: int,
 ) -> Mesh:
     """A mesh with Auto axes, ordered as `MESH_AXES`; axes of size 1 are left out, `data` is always in.
 
@@ -44,11 +45,16 @@ def make_mesh(
 
     Raises:
       ValueError: a size that is neither positive nor -1, more than one -1, or a product that is not the number of devices.
+      TypeError: an axis that jzero does not know.
 
     Example:
       >>> dict(make_mesh(replica=2).shape)
       {'replica': 2, 'data': 4}
     """
+    if unknown:
+        found = [f"{axis}={size!r}: {suggest(axis, MESH_AXES)}" for axis, size in unknown.items()]
+        fix = "For axes of your own build a jax.sharding.Mesh: jzero leaves them alone."
+        raise TypeError(explain("jzero.make_mesh", f"{len(unknown)} unknown axes", found=found, fix=fix))
     asked = dict(zip(MESH_AXES, (replica, data, pipe, sequence, tensor, expert), strict=True))
     chosen = jax.devices() if devices is None else list(np.asarray(devices).flat)
     sizes = _resolve(asked, len(chosen))

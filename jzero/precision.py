@@ -56,7 +56,11 @@ def get(precision: "str | PrecisionPolicy") -> PrecisionPolicy:
     if isinstance(precision, PrecisionPolicy):
         wrong = [f"{name}={value!r}" for name, value in precision._asdict().items() if not _is_float_dtype(value)]
         if wrong:
-            raise TypeError(explain("jzero.PrecisionPolicy", "every field is a floating-point dtype", found=wrong))
+            raise TypeError(
+                explain(
+                    "jzero.PrecisionPolicy", "every field is a floating-point dtype", found=wrong, fix="Such as jnp.bfloat16."
+                )
+            )
         return precision
     if precision not in PRESETS:
         found = [f"precision={precision!r}"]

@@ -35,8 +35,8 @@ def get(remat: Any) -> Any:
     if remat is None or remat == "none" or (callable(remat) and not isinstance(remat, str)):
         return remat
     if remat not in POLICIES:
-        fix = "Pass a name or one of jax.checkpoint_policies."
-        raise ValueError(explain("jzero.shard", f"unknown remat={remat!r}", context=suggest(remat, POLICIES), fix=fix))
+        found, fix = [f"remat={remat!r}"], "Pass a name or one of jax.checkpoint_policies."
+        raise ValueError(explain("jzero.shard", "unknown remat policy", found=found, context=suggest(remat, POLICIES), fix=fix))
     return POLICIES[remat]
 
 

@@ -10,16 +10,14 @@ import jax.numpy as jnp
 
 from jzero import mesh as meshes
 from jzero import remat as remats
-from jzero import stages
 from jzero._errors import StageNotAchieved, columns, explain
 from jzero._tree import named_leaves, short
-from jzero.engine import compiler, composed, opaque, reporting
+from jzero.engine import asked, compiler, composed, opaque, reporting
+from jzero.engine.asked import WHO
 from jzero.engine.layout import Layout, Options, Trace, batch_shardings, layout
 from jzero.engine.statics import Statics, split_statics
 from jzero.report import Report
-from jzero.step import TrainStep
-
-WHO = "jzero.shard"
+from jzero.step import TrainState, TrainStep
 
 
 class _Program:
@@ -93,13 +91,13 @@ class ShardedStep:
         found: list[Statics] = []
         traced = [args[index] for index in dynamic]
         placed = self._layout(jax.eval_shape(make, traced))
-        state = jax.jit(make, out_shardings=placed.tree)(traced)
+        state = jax.jit(make, out_shardings=placed.tree, compiler_options=compiler.options(self._options.mesh))(traced)
         return found[0].merge(state)
 
     def place(self, state: Any) -> Any:
         """A copy of `state` on the mesh; the caller's arrays stay valid, whatever the step donates later."""
         arrays, statics = split_statics(state)
-        arrays = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf), arrays)
+        arrays = jax.tree.map(lambda leaf: leaf if _is_strong(leaf) else _strong(leaf), arrays)
         placed = self._layout(arrays)
         copies = [_copy(leaf, sharding) for leaf, sharding in zip(jax.tree.leaves(arrays), placed.shardings, strict=True)]
         return statics.merge(jax.tree.unflatten(placed.treedef, copies))
@@ -112,7 +110,7 @@ class ShardedStep:
     def lower(self, state: Any, *batch: Any) -> jax.stages.Lowered:
         """The step lowered for these shapes, compiled or not; works on a mesh of devices that are only described."""
         arrays, statics = split_statics(state)
-        return self._lower(arrays, statics, batch)[1]
+        return self._lower(self._layout(arrays), statics, batch)[0]
 
     def report(self, state: Any, *batch: Any) -> Report:
         """What the compiled step needs and moves, measured beside the stage's formula. Compiles if it must; runs nothing."""
@@ -120,25 +118,29 @@ class ShardedStep:
         return reporting.report(self.fn, program.layout, self._options, program.trace, program.compiled, batch)
 
     def _layout(self, arrays: Any) -> Layout:
+        if isinstance(self.fn, TrainStep) and not isinstance(arrays, TrainState):
+            fix = "Make it with step.init(train_step.init, make_params, ...), or step.place(train_step.init(params))."
+            raise TypeError(explain(WHO, "the state must be a TrainState", found=[f"got {type(arrays).__name__}"], fix=fix))
         return layout(arrays, self._options, opaque=not isinstance(self.fn, TrainStep))
 
     def _program(self, state: Any, *batch: Any) -> _Program:
         """The program for these arguments, checked and compiled if it is new."""
         arrays, statics = split_statics(state)
         key = (*_signature(arrays), statics, *_signature(batch))
+        placed = self._programs[key].layout if key in self._programs else self._layout(arrays)
+        _check_placed(arrays, placed, self._options)
         if key not in self._programs:
-            placed, lowered, trace = self._lower(arrays, statics, batch)
+            lowered, trace = self._lower(placed, statics, batch)
             program = _Program(placed, statics, lowered, trace)
             if self._options.strict:
                 _check_achieved(program, self._options)
             self._programs[key] = program
         program = self._programs[key]
-        _check_placed(arrays, program.layout, self._options)
         self._recent[_signature(batch)] = program
         return program
 
-    def _lower(self, arrays: Any, statics: Statics, batch: tuple[Any, ...]) -> tuple[Layout, jax.stages.Lowered, Trace]:
-        placed, options, traces = self._layout(arrays), self._options, []
+    def _lower(self, placed: Layout, statics: Statics, batch: tuple[Any, ...]) -> tuple[jax.stages.Lowered, Trace]:
+        options, traces = self._options, []
         if isinstance(self.fn, TrainStep):
             inner, accumulate = composed.build(self._train_step(statics), placed, options, traces), self.fn.accumulate
         else:
@@ -156,7 +158,7 @@ class ShardedStep:
             compiler_options=compiler.options(options.mesh),
         )  # fmt: skip
         abstract = jax.tree.unflatten(placed.treedef, placed.avals)
-        return placed, jitted.lower(abstract, *batch), traces[0]
+        return jitted.lower(abstract, *batch), traces[0]
 
     def unsharded(self, statics: Statics) -> Callable[..., Any]:
         """The same step as one device runs it, on a state without its static leaves."""
@@ -198,9 +200,14 @@ def _signature(tree: Any) -> tuple[Any, ...]:
     return (treedef, *[(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else ((), type(leaf)) for leaf in leaves])
 
 
+def _is_strong(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and not getattr(leaf, "weak_type", False)
+
+
 def _strong(leaf: Any) -> Any:
     """A leaf whose dtype is fixed: a weak one would compile the next call anew."""
-    return jax.lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else jnp.asarray(leaf)
+    leaf = jnp.asarray(leaf)  # a Python scalar's array is weak
+    return jax.lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
 
 
 def _copy(leaf: Any, sharding: Any) -> jax.Array:
@@ -318,27 +325,13 @@ def shard(
             shard, stage=stage, mesh=mesh, params=params, rules=rules, remat=remat, offload=offload, schedule=schedule,
             min_shard_elements=min_shard_elements, on_indivisible=on_indivisible, donate=donate, strict=strict,
         )  # fmt: skip
-    row = stages.get(stage)
-    if not callable(fn):
-        raise TypeError(
-            explain(
-                WHO, "a step is callable", found=[f"got {type(fn).__name__}"], fix="shard(fn, stage=3) with fn(state, *batch)."
-            )
-        )
-    _check_unbuilt(offload, schedule)
-    policy = remats.get(remat)
-    if policy is not None and not isinstance(fn, TrainStep):
-        found = [f"remat={remat!r} with a step that computes its own gradient"]
-        fix = "Apply jax.checkpoint inside the loss, or use jzero.make_train_step(loss_fn, optimizer)."
-        raise ValueError(explain(WHO, "remat= would have no effect", found=found, fix=fix))
-    mesh = meshes.make_mesh() if mesh is None else mesh
-    meshes.check_mesh(mesh)
-    options = Options(row, mesh, params, tuple(rules), policy, min_shard_elements, on_indivisible, donate, strict)
-    return ShardedStep(fn, options)
-
-
-def _check_unbuilt(offload: Any, schedule: Any) -> None:
-    asked = [f"{name}={value!r}" for name, value in (("offload", offload), ("schedule", schedule)) if value is not None]
-    if asked:
-        fix = "Leave it out: nothing would happen."
-        raise NotImplementedError(explain(WHO, "this version has no offload and no pipeline", found=asked, fix=fix))
+    if isinstance(fn, ShardedStep):
+        found, fix = [repr(fn)], "Shard the step it was made from: jzero.shard(step.fn, stage=...)."
+        raise TypeError(explain(WHO, "this step is already sharded", found=found, fix=fix))
+    return ShardedStep(
+        fn,
+        asked.options(
+            fn, stage=stage, mesh=mesh, params=params, rules=rules, remat=remat, offload=offload, schedule=schedule,
+            min_shard_elements=min_shard_elements, on_indivisible=on_indivisible, donate=donate, strict=strict,
+        ),
+    )  # fmt: skip

@@ -17,7 +17,7 @@ from jzero import _compat
 from jzero import precision as precisions
 from jzero._tree import is_key
 from jzero.comm import Auto, Comm, Manual
-from jzero.engine.layout import Layout, Options, Trace, batch_shardings, check_effects, check_same_state
+from jzero.engine.layout import Layout, Options, Trace, check_effects, check_same_state
 from jzero.engine.scalars import add_up
 from jzero.gather import Fact, constraints_on, differentiable
 from jzero.gather.composed import Parts
@@ -25,6 +25,7 @@ from jzero.gather.facts import Reading, rooted
 from jzero.mesh import axis_size, batch_axes
 from jzero.rules.batch import is_split
 from jzero.step import TrainStep, gradient
+from jzero.step import batch as batches
 from jzero.step import params as parameters
 from jzero.step.normalise import Examples, Normaliser, normaliser
 from jzero.step.train_step import microbatch_shapes
@@ -96,7 +97,7 @@ def build(step: TrainStep, layout: Layout, options: Options, traces: list[Trace]
 
     def sharded(state: Any, *batch: Any) -> tuple[Any, Any]:
         batch = jax.tree.map(jnp.asarray, batch)
-        batch_shardings(batch, options.mesh, step.accumulate)
+        batches.check(batch, step.accumulate)
         gradients = Gradients(step, layout, options, state, batch)
         state_out, metrics = gradients.finish()
         traces[:] = [gradients.trace]

@@ -95,7 +95,7 @@ def batch_shardings(batch: Any, mesh: Mesh, accumulate: int) -> Any:
 def check_same_state(before: Any, after: Any) -> None:
     """A step must give back the state it got: same structure, shapes and dtypes."""
     if jax.tree.structure(before) != jax.tree.structure(after):
-        found = [f"in:  {jax.tree.structure(before)}", f"out: {jax.tree.structure(after)}"]
+        found = _apart(before, after)
         fix = "Return (state, aux) with a state of the structure that came in."
         raise TypeError(explain("jzero.shard", "the step returns a state of another structure", found=found, fix=fix))
     rows = zip(named_leaves(before), jax.tree.leaves(after), strict=True)
@@ -104,6 +104,16 @@ def check_same_state(before: Any, after: Any) -> None:
         found = [f"{path}   in {short(old)}, out {short(new)}" for path, old, new in wrong]
         fix = "Cast the leaf back inside the step, or make it with the dtype it ends with."
         raise TypeError(explain("jzero.shard", f"the step changes {len(wrong)} leaves of its state", found=found, fix=fix))
+
+
+def _apart(before: Any, after: Any) -> list[str]:
+    """How two structures differ: by leaves if they have not the same, else by their containers."""
+    ins, outs = dict(named_leaves(before)), dict(named_leaves(after))
+    lost = [f"{path}   {short(leaf)} came in and did not come out" for path, leaf in ins.items() if path not in outs]
+    new = [f"{path}   {short(leaf)} came out and was not in" for path, leaf in outs.items() if path not in ins]
+    shown = [*lost[:10], *new[:10]]
+    more = [f"... {len(lost) + len(new) - len(shown)} more leaves"] if len(lost) + len(new) > len(shown) else []
+    return [*shown, *more] or [f"in:  {jax.tree.structure(before)}", f"out: {jax.tree.structure(after)}"]
 
 
 def check_effects(jaxpr: Any, options: Options) -> None:

@@ -44,7 +44,9 @@ def build(fn: Callable[..., Any], layout: Layout, options: Options, traces: list
 def _check_result(state: Any, shapes: Any) -> None:
     if not isinstance(shapes, tuple) or len(shapes) != 2:
         fix = "A step is fn(state, *batch) -> (state, aux); return None as aux if there is none."
-        raise TypeError(
-            explain("jzero.shard", "the step must return (state, aux)", found=[f"got {type(shapes).__name__}"], fix=fix)
-        )
+        raise TypeError(explain("jzero.shard", "the step must return (state, aux)", found=[_got(shapes)], fix=fix))
     check_same_state(state, shapes[0])
+
+
+def _got(shapes: Any) -> str:
+    return f"got a tuple of {len(shapes)}" if isinstance(shapes, tuple) else f"got {type(shapes).__name__}"

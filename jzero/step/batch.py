@@ -72,7 +72,14 @@ def pad_batch(batch: Any, multiple: int) -> tuple[Any, np.ndarray | jax.Array]:
       ValueError: leaves disagree on the number of rows, there are none, or `multiple` is not positive.
     """
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
-        raise ValueError(explain("jzero.pad_batch", "multiple must be a positive integer", found=[f"multiple={multiple!r}"]))
+        raise ValueError(
+            explain(
+                "jzero.pad_batch",
+                "multiple must be a positive integer",
+                found=[f"multiple={multiple!r}"],
+                fix="Devices times accumulate.",
+            )
+        )
     leaves = [leaf if hasattr(leaf, "ndim") else np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
     sizes = {leaf.shape[0] for leaf in leaves if is_split(leaf)}
     if len(sizes) != 1 or 0 in sizes:

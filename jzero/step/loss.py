@@ -120,8 +120,13 @@ def _parameter_names(loss_fn: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _scalar(value: Any, what: str) -> jax.Array:
+    """A real scalar in float32. A loss must be floating point: of an integer every gradient is zero."""
+    who, kinds = "jzero.make_train_step", jnp.floating if what == "loss" else jnp.number
+    if not isinstance(value, int | float) and not hasattr(value, "dtype"):
+        fix = "Return a scalar, or jzero.weighted(sum, weight)."
+        raise TypeError(explain(who, f"the {what} must be a scalar array", found=[f"got {type(value).__name__}"], fix=fix))
     value = jnp.asarray(value)
-    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.number):
+    if value.shape != () or not jnp.issubdtype(value.dtype, kinds):
         fix = "Reduce it, for example with jnp.mean, or return jzero.weighted(sum, weight)."
-        raise ValueError(explain("jzero.make_train_step", f"the {what} must be a scalar", found=[short(value)], fix=fix))
+        raise ValueError(explain(who, f"the {what} must be a floating-point scalar", found=[short(value)], fix=fix))
     return value.astype(jnp.float32)

@@ -24,6 +24,7 @@ from jzero.step.update import finish, squares
 
 Reduction = Literal["auto", "global", "local"]
 REDUCTIONS = ("auto", "global", "local")
+WHO = "jzero.make_train_step"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +54,9 @@ class TrainStep:
         if _is_function(params):
             params = params(*args)
         elif args:
+            found, fix = [f"{len(args)} extra"], "Write train_step.init(make_params, *args), or train_step.init(params)."
             raise TypeError(
-                explain(
-                    "TrainStep.init", "extra arguments need a function that makes the parameters", found=[f"{len(args)} extra"]
-                )
+                explain("TrainStep.init", "extra arguments need a function that makes the parameters", found=found, fix=fix)
             )
         params = precisions.cast(jax.tree.map(parameters.as_array, params), self.policy.param)
         leaves, treedef = jax.tree.flatten(params)
@@ -68,6 +68,9 @@ class TrainStep:
         return TrainState(params, opt_state, jnp.zeros((), jnp.int32), rng, loss_scale, model_state)
 
     def __call__(self, state: TrainState, *batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        if not isinstance(state, TrainState):
+            fix = "Make it with train_step.init(params)."
+            raise TypeError(explain(WHO, "the state must be a TrainState", found=[f"got {type(state).__name__}"], fix=fix))
         batch = jax.tree.map(jnp.asarray, batch)
         batches.check(batch, self.accumulate)
         compute = precisions.cast(state.params, self.policy.compute)
@@ -198,38 +201,36 @@ def make_train_step(
       1.0
     """
     policy = precisions.get(precision)
-    who = "jzero.make_train_step"
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(
-            explain(
-                who,
-                "accumulate must be a positive integer",
-                found=[f"accumulate={accumulate!r}"],
-                fix="accumulate=1 is one microbatch.",
-            )
-        )
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(
-            explain(who, "clip_norm must be positive", found=[f"clip_norm={clip_norm!r}"], fix="clip_norm=None does not clip.")
-        )
+    _check_callables(loss_fn, optimizer)
+    _check_numbers(accumulate, clip_norm)
     if reduction not in REDUCTIONS:
-        raise ValueError(explain(who, f"unknown reduction={reduction!r}", context=suggest(reduction, REDUCTIONS)))
+        found, fix = [f"reduction={reduction!r}"], suggest(reduction, REDUCTIONS)
+        raise ValueError(explain(WHO, "unknown reduction", found=found, fix=fix))
     if policy.scales_loss and not skip_nonfinite:
-        raise ValueError(
-            explain(
-                who,
-                "fp16 lives by skipping overflows",
-                found=["skip_nonfinite=False"],
-                fix="Use bf16, or leave skip_nonfinite=True.",
-            )
+        found, fix = (
+            ["skip_nonfinite=False", f"compute={jnp.dtype(policy.compute).name}"],
+            "Use bf16, or leave skip_nonfinite=True.",
         )
-    if not hasattr(optimizer, "update") or not hasattr(optimizer, "init"):
-        raise TypeError(
-            explain(who, "optimizer must be an optax GradientTransformation", found=[f"got {type(optimizer).__name__}"])
-        )
-    if not callable(loss_fn):
-        raise TypeError(explain(who, "loss_fn must be callable", found=[f"got {type(loss_fn).__name__}"]))
+        raise ValueError(explain(WHO, "fp16 lives by skipping overflows", found=found, fix=fix))
     return TrainStep(
         loss_fn, optax.with_extra_args_support(optimizer), policy, accumulate, clip_norm, trainable, skip_nonfinite, reduction,
         LossCall(loss_fn, has_aux=has_aux),
     )  # fmt: skip
+
+
+def _check_callables(loss_fn: Any, optimizer: Any) -> None:
+    if not callable(loss_fn):
+        fix = "Write make_train_step(loss_fn, optimizer) with loss_fn(params, *batch) -> loss."
+        raise TypeError(explain(WHO, "loss_fn must be callable", found=[f"got {type(loss_fn).__name__}"], fix=fix))
+    if not hasattr(optimizer, "update") or not hasattr(optimizer, "init"):
+        found, fix = [f"got {type(optimizer).__name__}"], "Such as optax.adamw(3e-4)."
+        raise TypeError(explain(WHO, "optimizer must be an optax GradientTransformation", found=found, fix=fix))
+
+
+def _check_numbers(accumulate: Any, clip_norm: Any) -> None:
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        found, fix = [f"accumulate={accumulate!r}"], "accumulate=1 is one microbatch."
+        raise ValueError(explain(WHO, "accumulate must be a positive integer", found=found, fix=fix))
+    if clip_norm is not None and not clip_norm > 0:
+        found, fix = [f"clip_norm={clip_norm!r}"], "clip_norm=None does not clip."
+        raise ValueError(explain(WHO, "clip_norm must be positive", found=found, fix=fix))

@@ -14,8 +14,6 @@ import tiny
 
 import jzero
 
-pytestmark = pytest.mark.slow  # not yet timed on an idle machine beside the rest of `make test`
-
 STAGES = (0, 1, 2, 3)
 SHARDED_PARAMS = {"composed": (1, 2, 3), "opaque": (3,)}
 ADAM_COUNT_BYTES = 4  # the one leaf of adamw's state that is no moment: int32[]

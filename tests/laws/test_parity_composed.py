@@ -24,8 +24,6 @@ from pairwise import label, pairwise, product
 
 import jzero
 
-pytestmark = pytest.mark.slow  # not yet timed on an idle machine beside the rest of `make test`
-
 NUM_STEPS = 5
 FP32 = 1e-5  # relative L2; DESIGN 6
 ORDERS = 3  # times the difference between unsharded orders; DESIGN 6

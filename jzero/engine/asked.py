@@ -1,0 +1,60 @@
+"""What `jzero.shard` was asked for, checked before anything else happens."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jzero import mesh as meshes
+from jzero import remat as remats
+from jzero import stages
+from jzero._errors import explain, suggest
+from jzero.engine.layout import Options
+from jzero.step import TrainStep
+
+WHO = "jzero.shard"
+ON_INDIVISIBLE = ("replicate", "error")
+
+
+def options(
+    fn: Callable[..., Any], *, stage: int, mesh: Mesh | None, params: Any, rules: Any, remat: Any, offload: Any, schedule: Any,
+    min_shard_elements: int, on_indivisible: Any, donate: bool, strict: bool,
+) -> Options:  # fmt: skip
+    """The keyword arguments of `jzero.shard` as one value, or the error that says which is wrong."""
+    row = stages.get(stage)
+    _check_step(fn)
+    _check_unbuilt(offload, schedule)
+    policy = remats.get(remat)
+    if policy is not None and not isinstance(fn, TrainStep):
+        found = [f"remat={remat!r} with a step that computes its own gradient"]
+        fix = "Apply jax.checkpoint inside the loss, or use jzero.make_train_step(loss_fn, optimizer)."
+        raise ValueError(explain(WHO, "remat= would have no effect", found=found, fix=fix))
+    if params is not None and not callable(params):
+        fix = 'Write params=lambda state: state["model"].'
+        raise TypeError(explain(WHO, "params= is a function of the state", found=[f"params={params!r}"], fix=fix))
+    if isinstance(rules, str) or not isinstance(rules, Iterable):
+        fix = 'Write rules=[(r"attn/kernel", PartitionSpec(None, "tensor"))].'
+        raise TypeError(explain(WHO, "rules= is a list of rules", found=[f"rules={rules!r}"], fix=fix))
+    if isinstance(min_shard_elements, bool) or not isinstance(min_shard_elements, int) or min_shard_elements < 0:
+        found = [f"min_shard_elements={min_shard_elements!r}"]
+        fix = "Leaves with fewer elements stay whole; 0 shards every leaf that divides, 1024 is the default."
+        raise ValueError(explain(WHO, "min_shard_elements= is a whole number, 0 or larger", found=found, fix=fix))
+    if on_indivisible not in ON_INDIVISIBLE:
+        found, fix = [f"on_indivisible={on_indivisible!r}"], suggest(on_indivisible, ON_INDIVISIBLE)
+        raise ValueError(explain(WHO, "on_indivisible= is 'replicate' or 'error'", found=found, fix=fix))
+    mesh = meshes.make_mesh() if mesh is None else mesh
+    meshes.check_mesh(mesh)
+    return Options(row, mesh, params, tuple(rules), policy, min_shard_elements, on_indivisible, donate, strict)
+
+
+def _check_step(fn: Any) -> None:
+    if not callable(fn):
+        fix = "Write jzero.shard(fn, stage=3) with fn(state, *batch) -> (state, aux)."
+        raise TypeError(explain(WHO, "a step is callable", found=[f"got {type(fn).__name__}"], fix=fix))
+
+
+def _check_unbuilt(offload: Any, schedule: Any) -> None:
+    asked = [f"{name}={value!r}" for name, value in (("offload", offload), ("schedule", schedule)) if value is not None]
+    if asked:
+        fix = "Leave it out: nothing would happen."
+        raise NotImplementedError(explain(WHO, "this version has no offload and no pipeline", found=asked, fix=fix))
