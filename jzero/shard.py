@@ -1,5 +1,6 @@
 """`jzero.shard`: any train step under a ZeRO stage, in one line."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial, wraps
@@ -10,9 +11,9 @@ import jax.numpy as jnp
 
 from jzero import mesh as meshes
 from jzero import remat as remats
-from jzero._errors import StageNotAchieved, columns, explain
+from jzero._errors import columns, explain
 from jzero._tree import named_leaves, short
-from jzero.engine import asked, compiler, composed, opaque, reporting
+from jzero.engine import achieved, asked, compiler, composed, opaque, reporting
 from jzero.engine.asked import WHO
 from jzero.engine.layout import Layout, Options, Trace, batch_shardings, layout
 from jzero.engine.statics import Statics, split_statics
@@ -26,6 +27,7 @@ class _Program:
     def __init__(self, layout: Layout, statics: Statics, lowered: Any, trace: Trace):
         self.layout, self.statics, self.lowered, self.trace = layout, statics, lowered, trace
         self.compiled = lowered.compile()
+        self.faults: list[achieved.Fault] = []  # promises of the stage that it breaks
 
     def __call__(self, state: Any, *batch: Any) -> tuple[Any, Any]:
         if not self.statics:
@@ -115,7 +117,19 @@ class ShardedStep:
     def report(self, state: Any, *batch: Any) -> Report:
         """What the compiled step needs and moves, measured beside the stage's formula. Compiles if it must; runs nothing."""
         program = self._program(state, *batch)
-        return reporting.report(self.fn, program.layout, self._options, program.trace, program.compiled, batch)
+        return reporting.report(self._subject(program), achieved.lines(program.faults), batch)
+
+    def _subject(self, program: _Program) -> achieved.Subject:
+        return reporting.subject(self.fn, program.layout, self._options, program.trace, program.compiled)
+
+    def _check(self, program: _Program) -> list[achieved.Fault]:
+        """What the program breaks of its stage's promises: an error, or with `strict=False` a warning for each."""
+        found = achieved.faults(self._subject(program))
+        if found and self._options.strict:
+            raise achieved.error(found, self._options, WHO)
+        for line in achieved.lines(found):
+            warnings.warn(f"{WHO}: stage {self.stage} {line}", stacklevel=4)
+        return found
 
     def _layout(self, arrays: Any) -> Layout:
         if isinstance(self.fn, TrainStep) and not isinstance(arrays, TrainState):
@@ -132,8 +146,7 @@ class ShardedStep:
         if key not in self._programs:
             lowered, trace = self._lower(placed, statics, batch)
             program = _Program(placed, statics, lowered, trace)
-            if self._options.strict:
-                _check_achieved(program, self._options)
+            program.faults = self._check(program)
             self._programs[key] = program
         program = self._programs[key]
         self._recent[_signature(batch)] = program
@@ -231,34 +244,12 @@ def _check_placed(arrays: Any, placed: Layout, options: Options) -> None:
     for (path, leaf), sharding in zip(named_leaves(arrays), placed.shardings, strict=True):
         committed = isinstance(leaf, jax.Array) and getattr(leaf, "committed", False)
         if committed and not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
-            rows.append([path, short(leaf), _place(leaf.sharding), f"expected {_place(sharding)}"])
+            rows.append([path, short(leaf), achieved.place(leaf.sharding), f"expected {achieved.place(sharding)}"])
     if rows:
         problem = f"{len(rows)} of {len(placed.shardings)} state leaves are not where this step keeps them"
         context = f"mesh {meshes.describe(options.mesh)}; stage {options.stage.number}"
         fix = "state = step.place(state), or make it with step.init(make_state, ...)."
         raise ValueError(explain(WHO, problem, found=columns(rows[:20]), context=context, fix=fix))
-
-
-def _check_achieved(program: _Program, options: Options) -> None:
-    """What the compiler keeps of the state between steps is what the stage promises, leaf by leaf, coming in and going out."""
-    asked = program.layout.shardings
-    given, returned = program.compiled.input_shardings[0][0], program.compiled.output_shardings[0]
-    rows = []
-    for placement, aval, want, *met in zip(
-        program.layout.placements, program.layout.avals, asked, *map(jax.tree.leaves, (given, returned)), strict=True
-    ):
-        wrong = [where for where in met if not where.is_equivalent_to(want, len(aval.shape))]
-        rows += [[placement.leaf.path, short(aval), _place(where), f"asked for {_place(want)}"] for where in wrong[:1]]
-    if rows:
-        problem = f"stage {options.stage.number} was not achieved: {len(rows)} of {len(asked)} leaves rest elsewhere"
-        context = f"mesh {meshes.describe(options.mesh)}"
-        fix = "Constrain them inside the step, or pass strict=False to go on with what the compiler made."
-        raise StageNotAchieved(explain(WHO, problem, found=columns(rows[:20]), context=context, fix=fix))
-
-
-def _place(sharding: Any) -> str:
-    where = f"on mesh {dict(sharding.mesh.shape)}" if hasattr(sharding, "mesh") else f"on {len(sharding.device_set)} device(s)"
-    return f"{getattr(sharding, 'spec', type(sharding).__name__)} {where}"
 
 
 def shard(

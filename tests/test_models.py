@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jzero import models
+from jzero import models, remat
 from jzero.models.layers import choose_attention
 from jzero.models.matmul import matmul, matmul_transposed
 
@@ -99,6 +99,18 @@ def test_matmul_gradients_are_those_of_a_plain_product():
     for ours, plain, weight in ((matmul, jnp.dot, kernel), (matmul_transposed, lambda x, w: x @ w.T, kernel.T)):
         got, expected = (jax.jit(jax.grad(lambda x, w, f=f: jnp.sum(f(x, w) * g), (0, 1)))(x, weight) for f in (ours, plain))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+
+
+@pytest.mark.parametrize("product", [matmul, lambda x, w: matmul_transposed(x, w.T)])
+def test_a_remat_policy_sees_the_products(product):
+    """With the products saved the backward pass computes one less."""
+    f = lambda x, w: jnp.sum(jnp.sin(product(jnp.sin(x), w)))
+    x, w = jnp.ones((4, 6)), jnp.ones((6, 8))
+    counts = {}
+    for name in ("full", "dots"):
+        policy = remat.get(name)
+        counts[name] = str(jax.make_jaxpr(jax.grad(jax.checkpoint(f, policy=policy), (0, 1)))(x, w)).count("dot_general[")
+    assert counts["full"] == counts["dots"] + 1, counts
 
 
 def test_attention_implementation_is_chosen_by_device_and_dtype():

@@ -1,5 +1,6 @@
 """A compiled step's report: the audit of its program beside the formulas of its stage."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jzero import audit as audits
 from jzero import traffic
 from jzero._tree import num_bytes, num_elements, short
 from jzero._types import ROLES
+from jzero.engine.achieved import Subject
 from jzero.engine.layout import Layout, Options, Trace
 from jzero.gather.facts import Reading
 from jzero.mesh import axis_size, batch_axes
@@ -18,10 +20,15 @@ from jzero.step import TrainStep
 from jzero.step import params as parameters
 
 
-def report(fn: Any, layout: Layout, options: Options, trace: Trace, compiled: Any, batch: tuple[Any, ...]) -> Report:
-    """The report of one compiled program."""
+def subject(fn: Any, layout: Layout, options: Options, trace: Trace, compiled: Any) -> Subject:
+    """A compiled step with what was measured on it and what its stage promises."""
     measured = audits.audit(compiled, options.mesh)
-    formula = _formula(fn, layout, options, trace)
+    return Subject(fn, layout, options, trace, compiled, measured, _formula(fn, layout, options, trace))
+
+
+def report(subject: Subject, faults: Sequence[str], batch: tuple[Any, ...]) -> Report:
+    """The report of one compiled program; `faults` are the promises that it breaks."""
+    fn, layout, options, trace, compiled, measured, formula = subject
     in_shardings = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda leaf: isinstance(leaf, jax.sharding.Sharding))
     resting = _resting(layout, batch, in_shardings[: len(layout.avals)], options)
     return Report(
@@ -33,7 +40,7 @@ def report(fn: Any, layout: Layout, options: Options, trace: Trace, compiled: An
         temp_bytes=measured.temp_bytes,
         peak_bytes=measured.peak_bytes,
         leaves=_leaves(layout),
-        findings=_findings(layout, options, trace, measured),
+        findings=[*faults, *_findings(layout, options, trace, measured)],
         programs={
             "wire_bytes_as_compiled": measured.wire_bytes,
             "wire_elements": measured.wire_elements,

@@ -1,0 +1,172 @@
+"""Planted faults: a stage that was asked for and not achieved is an error that names the leaf or the line."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jzero
+from jzero import comm as comms
+from jzero.engine import opaque as opaque_engine
+
+TX = optax.adamw(1e-3)
+LAYERS, WIDTH, ROWS, LENGTH = 4, 48, 32, 8
+NOWHERE = PartitionSpec()
+
+
+def params():
+    keys = jax.random.split(jax.random.key(0), 3)
+    stack = lambda key, *shape: jax.random.normal(key, (LAYERS, *shape)) / 8
+    return {"up": stack(keys[0], WIDTH, 2 * WIDTH), "down": stack(keys[1], 2 * WIDTH, WIDTH), "out": jnp.ones((WIDTH, 96))}
+
+
+def loss(p, x):
+    def layer(h, w):
+        return h + jnp.tanh(h @ w["up"]) @ w["down"], None
+
+    h, _ = lax.scan(layer, x, {"up": p["up"], "down": p["down"]})
+    return jnp.mean((h @ p["out"]) ** 2)
+
+
+def own_step(state, x, loss=loss):
+    p, opt_state = state
+    value, grads = jax.value_and_grad(loss)(p, x)
+    updates, opt_state = TX.update(grads, opt_state, p)
+    return (optax.apply_updates(p, updates), opt_state), value
+
+
+def described(fn, *, stage, mesh=None, **options):
+    """A step and shapes enough to compile it."""
+    step = jzero.shard(fn, stage=stage, mesh=mesh, **options)
+    p = jax.eval_shape(params)
+    is_own = isinstance(fn, jzero.TrainStep)
+    state = jax.eval_shape(fn.init, p) if is_own else (p, jax.eval_shape(TX.init, p))
+    return step, state, jax.ShapeDtypeStruct((ROWS, LENGTH, WIDTH), jnp.float32)
+
+
+def h100():
+    return jzero.make_mesh(devices=jzero.topology("h100:1x8"))
+
+
+def v5e():
+    return jzero.make_mesh(devices=jzero.topology("v5e:4x2"))
+
+
+TARGETS = {"cpu": lambda: None, "h100": h100, "v5e": v5e}
+
+
+def caught(step, state, x):
+    with pytest.raises(jzero.StageNotAchieved) as error:
+        step.report(state, x)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "fn", [own_step, jzero.make_train_step(loss, TX, precision="bf16", accumulate=2)], ids=["own", "jzero"]
+)
+def test_what_is_achieved_is_no_error(stage, target, fn):
+    step, state, x = described(fn, stage=stage, mesh=TARGETS[target]())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = step.report(state, x)
+    assert not any("not achieved" in line for line in report.findings)
+
+
+@pytest.mark.parametrize("target", ["cpu", "h100", "v5e"])
+def test_sharded_inputs_without_the_pass(monkeypatch, target):
+    plain = lambda jaxpr, facts, args, **_: jax.extend.core.jaxpr_as_fun(jaxpr)(*args)
+    monkeypatch.setattr(opaque_engine, "constrained", plain)
+    message = caught(*described(own_step, stage=3, mesh=TARGETS[target]()))
+    assert "stage 3 was not achieved" in message
+
+
+@pytest.mark.parametrize("target", ["cpu", "h100"])
+def test_a_constraint_that_replicates_a_parameter(target):
+    mesh = TARGETS[target]()
+    whole = NamedSharding(mesh or jzero.make_mesh(), NOWHERE)
+
+    def careless(p, x):
+        return loss({**p, "out": lax.with_sharding_constraint(p["out"], whole)}, x)  # LINE
+
+    message = caught(*described(lambda state, x: own_step(state, x, careless), stage=3, mesh=mesh))
+    assert "parameters are gathered outside their use" in message
+    assert "0/out   replicated by the constraint at" in message
+    assert "test_achieved.py" in message
+
+
+@pytest.mark.parametrize("target", ["cpu", "h100"])
+def test_a_gather_hoisted_out_of_the_scan(monkeypatch, target):
+    """The pass is told that a stack is used where it stands before the loop."""
+    real = opaque_engine.constrained
+
+    def hoisted(jaxpr, facts, args, **options):
+        whole = lambda fact, arg: options["comm"].gather(arg, fact.split) if fact and arg.ndim == 3 else arg
+        args = [whole(fact, arg) for fact, arg in zip(facts, args, strict=True)]
+        return real(jaxpr, facts, args, **options)
+
+    monkeypatch.setattr(opaque_engine, "constrained", hoisted)
+    message = caught(*described(own_step, stage=3, mesh=TARGETS[target]()))
+    assert "all its layers at once: all-gather" in message
+
+
+@pytest.mark.parametrize("target", ["cpu", "h100", "v5e"])
+def test_accumulation_reduced_in_every_microbatch(target):
+    def accumulating(state, x):
+        p, opt_state = state
+
+        def one(total, rows):
+            return jax.tree.map(jnp.add, total, jax.grad(loss)(p, rows)), None
+
+        grads, _ = lax.scan(one, jax.tree.map(jnp.zeros_like, p), x.reshape(8, 4, LENGTH, WIDTH).swapaxes(0, 1))
+        updates, opt_state = TX.update(grads, opt_state, p)
+        return (optax.apply_updates(p, updates), opt_state), None
+
+    mesh = TARGETS[target]()
+    message = caught(*described(accumulating, stage=1, mesh=mesh))
+    assert "gradients are reduced in a loop" in message
+    assert "accumulate=k" in message
+    step, state, x = described(accumulating, stage=2, mesh=mesh)  # which promises no less than a reduction each
+    step.report(state, x)
+
+
+def test_a_leaf_that_is_not_donated(monkeypatch):
+    real = jax.jit
+    monkeypatch.setattr(jax, "jit", lambda fn, **options: real(fn, **{**options, "donate_argnums": ()}))
+    message = caught(*described(own_step, stage=3))
+    assert "10 state leaves are not donated" in message
+    assert "0/up   float32[4,48,96]" in message
+
+
+def test_a_gather_in_fp32_where_bf16_was_asked_for(monkeypatch):
+    real = comms.Manual.gather
+
+    def wide(self, shard, split):  # the barrier stops the compiler from moving the cast behind the gather
+        return real(self, lax.optimization_barrier(shard.astype(jnp.float32)), split).astype(shard.dtype)
+
+    monkeypatch.setattr(comms.Manual, "gather", wide)
+    fn = jzero.make_train_step(loss, TX, precision="bf16")
+    message = caught(*described(fn, stage=1, mesh=h100()))
+    assert "parameters are gathered wider than bfloat16" in message
+
+
+def test_a_cast_to_fp32_before_the_use_travels_in_bf16():
+    widening = lambda p, x: loss({**p, "out": p["out"].astype(jnp.float32)}, x)
+    fn = jzero.make_train_step(widening, TX, precision="bf16")
+    step, state, x = described(fn, stage=3, mesh=h100())
+    row = step.report(state, x).wire_bytes["data"]["all-gather"]
+    assert row["measured"] == pytest.approx(row["formula"], rel=0.05)
+
+
+def test_without_strict_the_same_is_a_warning_and_a_finding():
+    whole = NamedSharding(jzero.make_mesh(), NOWHERE)
+    careless = lambda p, x: loss({**p, "out": lax.with_sharding_constraint(p["out"], whole)}, x)
+    step, state, x = described(lambda state, x: own_step(state, x, careless), stage=3, strict=False)
+    with pytest.warns(UserWarning, match="parameters are gathered outside their use"):
+        report = step.report(state, x)
+    assert report.findings[0].startswith("not achieved: parameters are gathered outside their use")
