@@ -1,10 +1,10 @@
 """SIGTERM: all ranks agree on a step, save once more, and end with a code that schedulers read as "start it again".
 
-    preemption = jzero.preemption.watch()          # after jzero.launch.initialize()
-    for i in range(first, num_steps):
-        state, metrics = step(state, batch)
-        if preemption.reached(i):
-            manager.save(i, state, force=True); manager.wait(); sys.exit(preemption.code)
+preemption = jzero.preemption.watch()          # after jzero.launch.initialize()
+for i in range(first, num_steps):
+    state, metrics = step(state, batch)
+    if preemption.reached(i):
+        manager.save(i, state, force=True); manager.wait(); sys.exit(preemption.code)
 """
 
 import signal

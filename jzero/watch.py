@@ -33,6 +33,7 @@ class Watch:
         self._results: list[Any] = []
         self._lock = threading.Lock()
         if threading.current_thread() is threading.main_thread():
+            faulthandler.enable()  # jax aborts a process whose coordinator is gone: then too
             faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)  # the launcher asks so, of ranks not in a step
         threading.Thread(target=self._run, name="jzero.watch", daemon=True).start()
 
@@ -70,7 +71,7 @@ class Watch:
     def _give_up(self) -> None:
         print(self._message(), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        time.sleep(_OTHERS_SECONDS)
+        time.sleep(_OTHERS_SECONDS * (2 if jax.process_index() == 0 else 1))  # without rank 0, the coordinator, all end at once
         os._exit(HANGING)  # a thread that hangs in a collective cannot be ended otherwise
 
     def _message(self) -> str:

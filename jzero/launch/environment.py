@@ -56,10 +56,15 @@ def for_rank(
         found.setdefault("JAX_PLATFORMS", "cpu")
     if found.get("JAX_PLATFORMS") == "cpu":
         return found | _simulated(found, devices or 1)
-    return found | ({"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(rank * devices, (rank + 1) * devices)))} if devices else {})
+    return found | (
+        {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(rank * devices, (rank + 1) * devices)))} if devices else {}
+    )
 
 
 def _simulated(environ: Mapping[str, str], devices: int) -> dict[str, str]:
     """Threads are for collectives to wait in: fewer than devices and two steps in flight deadlock (docs/log.md)."""
     flags = re.sub(rf"{_COUNT_FLAG}=\S+", "", environ.get("XLA_FLAGS", "")).strip()
-    return {"XLA_FLAGS": f"{flags} {_COUNT_FLAG}={devices}".strip(), "PJRT_NPROC": environ.get("PJRT_NPROC", str(max(16, 2 * devices)))}
+    return {
+        "XLA_FLAGS": f"{flags} {_COUNT_FLAG}={devices}".strip(),
+        "PJRT_NPROC": environ.get("PJRT_NPROC", str(max(16, 2 * devices))),
+    }

@@ -47,12 +47,26 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jzero.launch", description=description, epilog=_EPILOG)
     add = parser.add_argument
     add("-n", "--processes", type=int, default=1, help="how many processes")
-    add("--devices-per-process", type=int, help="simulated CPU devices (default 1), or accelerators for each (default: all to one process)")
+    add(
+        "--devices-per-process",
+        type=int,
+        help="simulated CPU devices (default 1), or accelerators for each (default: all to one process)",
+    )
     add("--max-restarts", type=int, default=0, help="how often to start anew after a death")
-    add("--min-processes", type=int, help="after a death go on with what is left, if that is as many; default: always start all")
-    add("--step-timeout", type=float, metavar="S", help="seconds after which a step counts as hanging: all stacks, then failure")
+    add(
+        "--min-processes", type=int, help="after a death go on with what is left, if that is as many; default: always start all"
+    )
+    add(
+        "--step-timeout", type=float, metavar="S", help="seconds after which a step counts as hanging: all stacks, then failure"
+    )
     add("--grace", type=float, default=30.0, metavar="S", help="seconds between SIGTERM and SIGKILL")
-    add("--backoff", type=float, default=1.0, metavar="S", help="seconds before the first restart; doubled each time, at most 60")
+    add(
+        "--backoff",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="seconds before the first restart; doubled each time, at most 60",
+    )
     add("-m", dest="module", action="store_true", help="the script is a module's name")
     add("script")
     add("args", nargs=argparse.REMAINDER)
