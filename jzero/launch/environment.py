@@ -1,7 +1,7 @@
-"""What a process of a local job finds in its environment. `jax.distributed.initialize()` reads it; nothing of it is ours but two names.
+"""What a process of a local job finds in its environment. `jax.distributed.initialize()` reads it; two names are ours.
 
-jax takes the coordinator from JAX_COORDINATOR_ADDRESS, and the number of processes and the rank only from a cluster that it knows.
-So a local job looks as one that `mpirun` started on this host: the same three variables, without MPI.
+jax takes the coordinator from JAX_COORDINATOR_ADDRESS, and the number of processes and the rank only from a cluster that it
+knows. So a local job looks as one that `mpirun` started on this host: the same three variables, without MPI.
 """
 
 import glob
@@ -20,7 +20,8 @@ _DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/
 def reserve_port() -> socket.socket:
     """A bound socket on a free port. While it stays open no other program is given the port, yet gRPC may bind it.
 
-    Linux lets sockets of one user share a port if all set SO_REUSEPORT, as gRPC servers do; only a listening one gets connections.
+    Linux lets sockets of one user share a port if all set SO_REUSEPORT, as gRPC servers do; only a listening one gets
+    connections.
     So there is no moment between choosing the port and using it in which another job can take it.
     """
     family = socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET

@@ -1,6 +1,7 @@
 """Attempts until the job ends well, is told to end, or has used up its restarts."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -29,7 +30,7 @@ class Supervisor:
     def __init__(self, options: Options):
         self.options = options
         self.ranks: list[ranks.Rank] = []
-        self.told: int | None = None  # the signal that ends the job
+        self.told: signal.Signals | None = None  # the signal that ends the job
         self.deadline = 0.0
         self.woken = asyncio.Event()
 
@@ -48,7 +49,8 @@ class Supervisor:
             delay = min(options.backoff * 2**restart, _MOST_BACKOFF_SECONDS)
             restart += 1
             say(f"restart {restart} of {options.max_restarts} with {num_processes} processes in {delay:g} s")
-            if await self._told_within(delay):
+            await self._pause(delay)
+            if self.told is not None:
                 return _END[self.told]
 
     async def _attempt(self, num_processes: int, restart: int) -> Outcome:
@@ -100,6 +102,7 @@ class Supervisor:
 
     async def _ended(self) -> Outcome:
         """A signal was passed on: wait out the grace period."""
+        assert self.told is not None
         await ranks.gone(self.ranks, self.deadline)
         found = [rank.returncode or 0 for rank in self.ranks]
         lost = [rank.number for rank in self.ranks if rank.returncode == -signal.SIGKILL]
@@ -108,22 +111,19 @@ class Supervisor:
             return Outcome(codes.readable(-signal.SIGKILL))
         if not any(found):
             return Outcome(0)
-        wanted = {_END[self.told], -self.told}  # type: ignore[index]
+        wanted = {_END[self.told], -self.told}
         odd = [code for code in found if code and code not in wanted]
-        return Outcome(codes.readable(odd[0]) if odd else _END[self.told])  # type: ignore[index]
+        return Outcome(codes.readable(odd[0]) if odd else _END[self.told])
 
-    async def _told_within(self, seconds: float) -> bool:
-        try:
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.woken.wait(), seconds)
-        except TimeoutError:
-            return False
-        return True
 
-    def _on_signal(self, number: int) -> None:
+    def _on_signal(self, number: signal.Signals) -> None:
         """Pass it on. A second Ctrl-C ends at once."""
         ranks.send(self.ranks, signal.SIGKILL if self.told == signal.SIGINT == number else number)
         if number in _END and self.told is None:
-            say(f"{signal.Signals(number).name}: passed to all ranks, which have {self.options.grace:g} s")
+            say(f"{number.name}: passed to all ranks, which have {self.options.grace:g} s")
             self.told, self.deadline = number, time.monotonic() + self.options.grace
             self.woken.set()
 
