@@ -11,8 +11,8 @@ def initialize() -> bool:
     """Join the other processes of this job through `jax.distributed`; whether there is a job to join.
 
     Started by `python -m jzero.launch`, SLURM, Open MPI, GKE or on a TPU pod, jax finds the coordinator by itself. Alone,
-    nothing happens. Call it before anything touches a device. A second call does nothing. From then on an uncaught exception ends this
-    process at once, without jax's wait for the others.
+    nothing happens. Call it before anything touches a device. A second call does nothing. From then on an uncaught
+    exception ends this process at once, without jax's wait for the others.
 
     Raises:
       RuntimeError: the coordinator cannot be reached.
