@@ -5,7 +5,10 @@ import sys
 
 from jzero._errors import explain, suggest
 
-COMMANDS = {"bench": "train GPT-2 or Llama under plain JAX and stages 0 to 3, side by side"}
+COMMANDS = {
+    "bench": "train GPT-2 or Llama under plain JAX and stages 0 to 3, side by side",
+    "launch": "start a script as several local processes, and again after a death",
+}
 
 
 def main() -> None:

@@ -128,3 +128,25 @@ def _apart_from(axes: Sequence[str], entry: Any) -> Any:
     if isinstance(entry, tuple):
         return tuple(name for name in entry if name not in axes) or None
     return None if entry in axes else entry
+
+
+def tell(key: str, value: str) -> None:
+    """Put a value into the key-value store of `jax.distributed`'s coordinator."""
+    _client().key_value_set(key, value)
+
+
+def hear(key: str, timeout_seconds: float) -> str | None:
+    """A value of that store, waited for; None if nobody put it there in time."""
+    try:
+        return _client().blocking_key_value_get(key, int(timeout_seconds * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" in str(error):
+            return None
+        raise
+
+
+def _client() -> Any:
+    from jax._src import distributed
+
+    assert distributed.global_state.client is not None, "several processes without jax.distributed"
+    return distributed.global_state.client

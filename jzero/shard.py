@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jzero import mesh as meshes
 from jzero import remat as remats
+from jzero import watch
 from jzero._errors import columns, explain
 from jzero._tree import named_leaves, short
 from jzero.engine import achieved, asked, compiler, composed, opaque, reporting
@@ -28,8 +29,25 @@ class _Program:
         self.layout, self.statics, self.lowered, self.trace = layout, statics, lowered, trace
         self.compiled = lowered.compile()
         self.faults: list[achieved.Fault] = []  # promises of the stage that it breaks
+        self.is_compared = jax.process_count() == 1  # with what the other processes run
+        self.watch = watch.from_environment()
 
     def __call__(self, state: Any, *batch: Any) -> tuple[Any, Any]:
+        if not self.is_compared:
+            watch.compare_programs(self.lowered.as_text(), ", ".join(short(leaf) for leaf in jax.tree.leaves(batch)))
+            self.is_compared = True
+        if self.watch is None:
+            return self._run(state, *batch)
+        self.watch.begin()
+        try:
+            state, aux = self._run(state, *batch)
+        except BaseException:
+            self.watch.failed()
+            raise
+        self.watch.called(aux)
+        return state, aux
+
+    def _run(self, state: Any, *batch: Any) -> tuple[Any, Any]:
         if not self.statics:
             return self.compiled(state, *batch)
         arrays, statics = split_statics(state)
