@@ -5,7 +5,11 @@ import sys
 
 from jzero._errors import explain, suggest
 
-COMMANDS = {"bench": "train GPT-2 or Llama under plain JAX and stages 0 to 3, side by side"}
+COMMANDS = {
+    "bench": "train GPT-2 or Llama under plain JAX and stages 0 to 3, side by side",
+    "plan": "what a run would need of devices that are not there",
+    "doctor": "what this machine has, what it lacks, and how to get it",
+}
 
 
 def main() -> None:

@@ -75,7 +75,10 @@ def memory(job: Job) -> Memory:
     backward = {"gradients": size.compute * (shard if stage.reduce == "use" else whole)}
     if job.stage >= 2 and job.data > 1:
         backward["one layer's gradients"] = size.compute * _one_layer(found)
-    update = {"gradients": summed, "largest leaf": size.accumulate * max(one.size * one.repeats for one in found) // _parts(job)}
+    update = {
+        "gradients": summed,
+        "largest leaf": size.accumulate * max(one.size * one.repeats for one in found) // _parts(job),
+    }
     moments = {
         "head": outside | sums | saved | {"logits": _logits(job, size), "head and its gradient": head},
         "backward": copy | sums | backward | saved | {"one layer's activations": _layer(job, size)},
@@ -156,21 +159,31 @@ def _saved(job: Job, size: _Sizes) -> int:
 
 
 def _units(config: ModelConfig, remat: str) -> int:
-    """Elements saved per token and layer: the residual stream alone; with the weights' matmuls; or everything."""
+    """Elements saved per token and layer: the residual stream alone ("full"), or everything ("none").
+
+    "dots" is planned as "full": the models' matmuls have a derivative of their own (`jzero.models.matmul`), which jax's policy does
+    not see, so it saves none of them; the compiled programs of the two are the same to the byte.
+    """
     dim, heads = config.dim, config.num_heads * config.head_dim
     if isinstance(config, GPT2Config):
-        dots = 3 * dim + dim + 4 * dim + dim
-        return {"full": dim, "dots": dim + dots, "none": 23 * dim}[remat]
+        return 23 * dim if remat == "none" else dim
     kv = 2 * config.num_kv_heads * config.head_dim
-    dots = heads + kv + dim + 2 * config.ffn_dim + dim
-    # Everything: norms keep their input in float32 and their output, attention its output, the MLP what meets `down`.
-    return {"full": dim, "dots": dim + dots, "none": dots + heads + config.ffn_dim + 8 * dim}[remat]
+    # Everything: the matmuls' results, norms' inputs in float32 and outputs, attention's output, what meets `down`.
+    return 2 * heads + kv + 3 * config.ffn_dim + 10 * dim if remat == "none" else dim
 
 
 def _layer(job: Job, size: _Sizes) -> int:
     """The working set of one layer's backward pass: its recomputed activations, and attention's scores, twice in float32."""
     scores = 2 * 4 * job.micro_sequences * job.config.num_heads * job.seq**2
-    return scores + size.compute * job.micro_tokens * (_units(job.config, "dots") if job.remat != "none" else 4 * job.config.dim)
+    units = 4 * job.config.dim if job.remat == "none" else _matmul_units(job.config)
+    return scores + size.compute * job.micro_tokens * units
+
+
+def _matmul_units(config: ModelConfig) -> int:
+    """Elements per token of a layer's matmul results and its input."""
+    if isinstance(config, GPT2Config):
+        return 10 * config.dim
+    return 3 * config.dim + (config.num_heads + 2 * config.num_kv_heads) * config.head_dim + 2 * config.ffn_dim
 
 
 def _logits(job: Job, size: _Sizes) -> int:

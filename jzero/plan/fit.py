@@ -5,12 +5,8 @@ from typing import NamedTuple
 
 from jzero.plan import closed
 from jzero.plan.job import Job
+from jzero.plan.room import usable_bytes
 from jzero.plan.times import times
-from jzero.topology import memory_bytes
-
-# CUDA's context and libraries, XLA's own reserve: what a program cannot have. jax takes 75% of a GPU unless told otherwise
-# (XLA_PYTHON_CLIENT_MEM_FRACTION); 95% is what it can be told. libtpu reserves a few hundred MB of each chip.
-USABLE = 0.95
 
 
 class Change(NamedTuple):
@@ -19,11 +15,6 @@ class Change(NamedTuple):
     flags: str
     peak_bytes: int
     step_s: float
-
-
-def usable_bytes(target: str) -> int:
-    """Of a device's memory, what a program can have."""
-    return int(memory_bytes(target) * USABLE)
 
 
 def changes(job: Job, *, room: int | None = None) -> list[Change]:
@@ -65,5 +56,3 @@ def _accumulations(job: Job) -> Iterator[tuple[str, Job]]:
     while job.micro_sequences % factor == 0:
         yield f"--accumulate {job.accumulate * factor}", job._replace(accumulate=job.accumulate * factor)
         factor *= 2
-
-

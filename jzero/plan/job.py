@@ -92,7 +92,9 @@ def make(
     length = seq or min(config.max_seq, 8192)
     if length > config.max_seq:
         fix = f"Use --seq {config.max_seq} or another model."
-        raise ValueError(explain(WHO, f"{model} has sequences of at most {config.max_seq} tokens", found=[f"--seq {length}"], fix=fix))
+        raise ValueError(
+            explain(WHO, f"{model} has sequences of at most {config.max_seq} tokens", found=[f"--seq {length}"], fix=fix)
+        )
     multiple = facts.num_devices(parsed) * accumulate
     sequences = _batch(batch, tokens_per_batch, length, multiple, sizes, accumulate)
     return Job(model, target, stage, sizes, length, sequences, precision, accumulate, remat)
@@ -126,7 +128,9 @@ def _mesh(asked: dict[str, int], num_devices: int, target: str) -> dict[str, int
         found = [f"{axis}={size}" for axis, size in asked.items()]
         legal = [f"replica={one},data={num_devices // one}" for one in divisors(num_devices)[:6]]
         fix = f"Use --mesh {' or '.join(legal)}."
-        raise ValueError(explain(WHO, f"the mesh does not multiply to the {num_devices} devices of {target}", found=found, fix=fix))
+        raise ValueError(
+            explain(WHO, f"the mesh does not multiply to the {num_devices} devices of {target}", found=found, fix=fix)
+        )
     return {"replica": replica, "data": data} if replica > 1 else {"data": data}
 
 

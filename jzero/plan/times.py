@@ -8,7 +8,7 @@ from jzero import precision as precisions
 from jzero.plan import closed, facts
 from jzero.plan.job import Job
 
-_RECOMPUTED = {"none": 0.0, "dots": 0.0, "full": 1.0}  # of the forward pass, a third of forward and backward
+_RECOMPUTED = {"none": 0.0, "dots": 1.0, "full": 1.0}  # of the forward pass, a third of both; "dots": see `closed._units`
 _UPDATE_BYTES = 28  # fp32 AdamW: reads parameter, gradient and two moments, writes three
 
 

@@ -16,6 +16,7 @@ import optax
 from jzero import models
 from jzero.mesh import make_mesh
 from jzero.plan.job import Job
+from jzero.plan.own import figures
 from jzero.shard import shard
 from jzero.step import make_train_step
 from jzero.topology import topology
@@ -33,20 +34,6 @@ def measure(job: Job) -> dict[str, Any]:
     report = step.report(state, tokens)
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kibibytes
     return figures(report) | {"compile_s": time.perf_counter() - start, "host_bytes": peak_rss}
-
-
-def figures(report: Any) -> dict[str, Any]:
-    """What the plan takes from a report."""
-    found = report.to_dict()
-    at_rest = {role: figure["measured"] or 0 for role, figure in found["bytes_at_rest"].items()}
-    wire = {
-        axis: {kind: one["measured"] for kind, one in kinds.items() if one["measured"]}
-        for axis, kinds in found["wire_bytes"].items()
-    }
-    peak = sum(at_rest.values()) + found["temp_bytes"]  # the compilers' own peak leaves out different things on each back end
-    return {
-        "at_rest": at_rest, "wire": wire, "temp_bytes": found["temp_bytes"], "peak_bytes": peak, "findings": found["findings"]
-    }  # fmt: skip
 
 
 def main() -> None:
