@@ -1,7 +1,7 @@
 """The closed form: what a step of a model needs and moves, from its config alone. Nothing is traced; it takes milliseconds.
 
-Psi parameters, N = data, k microbatches; c bytes of the compute dtype, p of a stored parameter, m of a moment. Temporaries are the
-largest of three moments of the step, for not all of them live at once; `docs/plan.md` says how far each was off.
+Temporaries are the largest of three moments of the step, for not all of them live at once; `docs/plan.md` says how far each
+was off.
 """
 
 from typing import Any, NamedTuple
@@ -161,8 +161,8 @@ def _saved(job: Job, size: _Sizes) -> int:
 def _units(config: ModelConfig, remat: str) -> int:
     """Elements saved per token and layer: the residual stream alone ("full"), or everything ("none").
 
-    "dots" is planned as "full": the models' matmuls have a derivative of their own (`jzero.models.matmul`), which jax's policy does
-    not see, so it saves none of them; the compiled programs of the two are the same to the byte.
+    "dots" is planned as "full": the models' matmuls have a derivative of their own (`jzero.models.matmul`), which jax's policy
+    does not see, so it saves none of them; the temporaries of the two compiled programs are the same to the byte.
     """
     dim, heads = config.dim, config.num_heads * config.head_dim
     if isinstance(config, GPT2Config):

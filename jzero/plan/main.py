@@ -83,7 +83,9 @@ def search_table(found: dict[str, Any] | Any) -> str:
         ]
         return "\n" + rendered(("stage", "peak", "wire per step", "fits"), rows)
     rows = [_cells(row) for row in found["rows"]]
-    head = f"\n{found['num_candidates']} candidates, {found['num_fitting']} fit by the closed form. Faster, or smaller than all faster ones:"
+    head = (
+        f"\n{found['num_candidates']} candidates, {found['num_fitting']} fit by the closed form. The fastest, and smaller ones:"
+    )
     names = ("stage", "mesh", "accumulate", "remat", "step", "tokens/s", "MFU", "peak, closed", "compiled")
     return "\n".join([head, rendered(names, rows), found.get("python", "Nothing fits.")])
 

@@ -34,8 +34,8 @@ def plan(
       mesh: sizes of mesh axes, such as `{"replica": 2, "data": 8}`; all devices on `data` if not said.
 
     Returns:
-      A `Plan`: bytes per device at rest and at the peak, traffic per step, findings. Its closed form is None: that is for jzero's
-      models, `python -m jzero.plan --model`.
+      A `Plan`: bytes per device at rest and at the peak, traffic per step, findings. Its closed form is None: that
+      is for jzero's models, `python -m jzero.plan --model`.
 
     Raises:
       ValueError: an unknown target, a mesh or batch that does not divide.

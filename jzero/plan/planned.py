@@ -10,8 +10,8 @@ from jzero.plan.times import times
 from jzero.topology import memory_bytes
 
 _GPU_ATTENTION = (
-    "Compiled without a GPU, attention is XLA's own, which writes its scores; on the device cuDNN's is used for 16-bit dtypes and "
-    "writes none, so the run needs less than this plan says."
+    "Compiled without a GPU, attention is XLA's own, which writes its scores; on the device cuDNN's is used for 16-bit "
+    "dtypes and writes none, so the run needs less than this plan says."
 )
 
 
