@@ -4,7 +4,9 @@
 """
 
 from jzero._errors import StageNotAchieved as StageNotAchieved
+from jzero.doctor import doctor as doctor
 from jzero.mesh import make_mesh as make_mesh
+from jzero.plan import plan as plan
 from jzero.precision import PrecisionPolicy as PrecisionPolicy
 from jzero.report import Report as Report
 from jzero.shard import ShardedStep as ShardedStep

@@ -8,6 +8,8 @@ from jzero._errors import explain, suggest
 COMMANDS = {
     "bench": "train GPT-2 or Llama under plain JAX and stages 0 to 3, side by side",
     "launch": "start a script as several local processes, and again after a death",
+    "plan": "what a run would need of devices that are not there",
+    "doctor": "what this machine has, what it lacks, and how to get it",
 }
 
 

@@ -1,0 +1,95 @@
+"""The plan's command line, checked before anything is computed."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jzero._errors import explain
+from jzero.plan.job import WHO, count
+
+_EPILOG = "Either --model, or FILE.py:step of a module with `step`, `state` and `window` or `batch`. See docs/plan.md."
+
+
+class Options(NamedTuple):
+    """What was asked for."""
+
+    step: str | None  # FILE.py:name
+    model: str | None
+    target: str
+    stage: int | None
+    mesh: dict[str, int]
+    seq: int | None
+    batch: int | None
+    tokens_per_batch: int | None
+    precision: str
+    accumulate: int
+    remat: str
+    closed_form_only: bool
+    search: bool
+    compile_best: int
+    json: str | None
+
+
+def parse(argv: Sequence[str] | None = None) -> Options:
+    """Options from command-line words.
+
+    Raises:
+      ValueError: words that mean nothing together.
+      SystemExit: `--help`, or words that argparse does not know.
+    """
+    asked = vars(_parser().parse_args(argv))
+    asked["mesh"] = parse_mesh(asked["mesh"])
+    for name in ("seq", "tokens_per_batch"):
+        asked[name] = None if asked[name] is None else count(asked[name])
+    options = Options(**asked)
+    if (options.model is None) == (options.step is None):
+        fix = (
+            "python -m jzero.plan --model llama-8b --target v5p:4x4x4, or python -m jzero.plan train.py:step --target h100:2x8."
+        )
+        raise ValueError(
+            explain(WHO, "one thing to plan: --model, or FILE.py:step", found=[f"{options.model=}, {options.step=}"], fix=fix)
+        )
+    if options.step is not None:
+        split_step(options.step)
+    return options
+
+
+def split_step(words: str) -> tuple[Path, str]:
+    """`"train.py:step"` -> (its path, "step")."""
+    file, _, name = words.rpartition(":")
+    if not file or not name.isidentifier() or not Path(file).is_file():
+        problem, fix = "FILE.py:NAME, a file that exists and a name in it", "For example examples/dict.py:step."
+        raise ValueError(explain(WHO, problem, found=[f"{words!r}"], fix=fix))
+    return Path(file), name
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`"data=4,replica=2"` -> {"data": 4, "replica": 2}."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    wrong = [f"--mesh {text}: {''.join(pair)!r}" for pair in pairs if not pair[2].strip().isdigit() or int(pair[2]) < 1]
+    if wrong:
+        fix = "Write --mesh data=4,replica=2."
+        raise ValueError(explain(WHO, "a mesh is axis=size, comma-separated, sizes positive", found=wrong, fix=fix))
+    return {axis.strip(): int(size) for axis, _, size in pairs}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jzero.plan", description=__doc__, epilog=_EPILOG)
+    add = parser.add_argument
+    add("step", nargs="?", metavar="FILE.py:step", help="your own step; the module is run, in a process of its own")
+    add("--model", help="gpt2-tiny, gpt2-124m/355m/774m/1.5b, llama-tiny/1b/8b/70b/405b")
+    add("--target", required=True, help="v5p:16x16x16, v5e:16x16*2 (two slices), h100:2x8 (hosts x devices)")
+    add("--stage", type=int, choices=range(4), help="ZeRO stage; default 3, or the step's own")
+    add("--mesh", default="", help="sizes of mesh axes, such as data=8,replica=2; default: all devices on data")
+    add("--seq", help="tokens per sequence; default the model's, up to 8192")
+    add("--batch", type=int, help="sequences per step over all devices; default one per device and microbatch")
+    add("--tokens-per-batch", help="the same in tokens; k, M and G are powers of 1,024")
+    add("--precision", default="bf16", help="fp32, bf16, fp16 or bf16-pure")
+    add("--accumulate", type=int, default=1, help="microbatches per step")
+    add("--remat", default="full", help="none, full or dots: what the backward pass computes again, per layer")
+    add("--closed-form-only", action="store_true", help="compile nothing: an answer within a second")
+    add("--search", action="store_true", help="try stage, mesh, accumulate and remat; compile the best few")
+    add("--compile-best", type=int, default=2, help="how many candidates of a search to compile")
+    add("--json", metavar="FILE", help="write the plan")
+    return parser

@@ -1,0 +1,133 @@
+"""`jzero.plan`: what a user's own step would need on devices that are not there."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jzero._errors import explain
+from jzero.mesh import describe, make_mesh
+from jzero.plan.result import Plan
+from jzero.plan.room import usable_bytes
+from jzero.report import Report
+from jzero.shard import ShardedStep, shard
+from jzero.topology import memory_bytes, topology
+
+WHO = "jzero.plan"
+DEFAULT_STAGE = 3
+
+
+def plan(
+    step: Any, state: Any, *batch: Any, target: str, search: bool = False, stage: int | None = None, mesh: Any = None
+) -> Plan:
+    """What `step` would need on `target`: its exact program, compiled by the target's compiler and not run.
+
+    Args:
+      step: a `ShardedStep` (its stage, rules and remat are kept, its mesh is not), a `TrainStep` of `jzero.make_train_step`, or
+        any `fn(state, *batch) -> (state, aux)`.
+      state: arrays or `ShapeDtypeStruct`s, as `step` takes them; nothing is allocated.
+      *batch: as the step takes it, over all devices of the target: dim 0 must divide by them.
+      target: such as `"h100:2x8"` (hosts x devices) or `"v5e:4x4"`; see `jzero.topology`.
+      search: compile every stage instead of one, and return the plan of the first that fits, with the table of all.
+      stage: the stage to plan, if not the step's own; for a plain function 3 unless said.
+      mesh: sizes of mesh axes, such as `{"replica": 2, "data": 8}`; all devices on `data` if not said.
+
+    Returns:
+      A `Plan`: bytes per device at rest and at the peak, traffic per step, findings. Its closed form is None: that
+      is for jzero's models, `python -m jzero.plan --model`.
+
+    Raises:
+      ValueError: an unknown target, a mesh or batch that does not divide.
+      TypeError: a step that is none, or that cannot be traced without values.
+      NotImplementedError: the target's compiler is not installed; the message names the extra.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def step(w, x):
+      ...     return w - 0.1 * jax.grad(lambda w: jnp.mean((x @ w) ** 2))(w), None
+      >>> found = plan(step, jnp.ones((64, 64)), jnp.ones((16, 64)), target="h100:2x8")  # doctest: +SKIP
+      >>> found.fits  # doctest: +SKIP
+      True
+    """
+    devices = topology(target)
+    sizes = dict(mesh) if mesh else {}
+    planned = make_mesh(**sizes, devices=devices)
+    if not search:
+        return _plan_one(_on_mesh(step, planned, stage), state, batch, target)
+    plans = [_plan_one(_on_mesh(step, planned, number), state, batch, target) for number in range(4)]
+    chosen = next((one for one in plans if one.fits), min(plans, key=lambda one: one.peak_bytes))
+    rows = [{"stage": one.job["stage"], "peak_bytes": one.peak_bytes, "fits": one.fits, "wire": _moved(one)} for one in plans]
+    return replace(chosen, search={"rows": rows, "winner": chosen.job["stage"]})
+
+
+def _on_mesh(step: Any, mesh: jax.sharding.Mesh, stage: int | None) -> ShardedStep:
+    """The step on the target's mesh. Findings are wanted in the plan, so nothing is strict."""
+    if not isinstance(step, ShardedStep):
+        if not callable(step):
+            fix = "Pass a ShardedStep, a TrainStep or fn(state, *batch) -> (state, aux)."
+            raise TypeError(explain(WHO, "the step must be callable", found=[f"got {type(step).__name__}"], fix=fix))
+        return shard(step, stage=DEFAULT_STAGE if stage is None else stage, mesh=mesh, strict=False)
+    kept = step._options
+    return shard(
+        step.fn, stage=kept.stage.number if stage is None else stage, mesh=mesh, params=kept.params, rules=kept.rules,
+        remat=kept.remat, min_shard_elements=kept.min_shard_elements, on_indivisible=kept.on_indivisible, donate=kept.donate,
+        strict=False,
+    )  # fmt: skip
+
+
+def _plan_one(step: ShardedStep, state: Any, batch: tuple[Any, ...], target: str) -> Plan:
+    shapes = abstract(batch)
+    try:
+        report = step.report(abstract(state), *shapes)
+    except jax.errors.ConcretizationTypeError as error:
+        line = str(error).splitlines()[0]
+        fix = "Decide it outside the step, or with jnp.where, lax.cond or a static argument."
+        context = f"mesh {describe(step.mesh)}; {target}"
+        raise TypeError(
+            explain(WHO, "the step looks at a value, which a plan has none of", found=[line], context=context, fix=fix)
+        ) from error
+    name = getattr(step.fn, "__name__", type(step.fn).__name__)
+    job = {"step": name, "stage": step.stage, "mesh": dict(step.mesh.shape), "batch": _describe_batch(shapes)}
+    return Plan(
+        job=job,
+        target=target,
+        device_bytes=memory_bytes(target),
+        usable_bytes=usable_bytes(target),
+        compiled=figures(report),
+    )
+
+
+def figures(report: Report) -> dict[str, Any]:
+    """What a plan takes from a report."""
+    found = report.to_dict()
+    at_rest = {role: figure["measured"] or 0 for role, figure in found["bytes_at_rest"].items()}
+    wire = {
+        axis: {kind: one["measured"] for kind, one in kinds.items() if one["measured"]}
+        for axis, kinds in found["wire_bytes"].items()
+    }
+    peak = sum(at_rest.values()) + found["temp_bytes"]  # the compilers' own peak leaves out different things on each back end
+    return {
+        "at_rest": at_rest, "wire": wire, "temp_bytes": found["temp_bytes"], "peak_bytes": peak, "findings": found["findings"]
+    }  # fmt: skip
+
+
+def abstract(tree: Any) -> Any:
+    """Arrays as their shapes; anything else, such as a module's functions, as it is."""
+    return jax.tree.map(_shape, tree)
+
+
+def _shape(leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # without the sharding of another mesh
+    if isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True))
+    return leaf
+
+
+def _describe_batch(shapes: Any) -> str:
+    return ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(shapes) if hasattr(leaf, "shape"))
+
+
+def _moved(found: Plan) -> int:
+    return sum(size for kinds in (found.compiled or {}).get("wire", {}).values() for size in kinds.values())

@@ -1,0 +1,53 @@
+"""A job's plan: the closed form at once, the compiled program if asked for, and the two side by side."""
+
+from typing import Any
+
+from jzero.plan import closed, compiled, facts, fit
+from jzero.plan.job import Job
+from jzero.plan.result import Plan
+from jzero.plan.room import usable_bytes
+from jzero.plan.times import times
+from jzero.topology import memory_bytes
+
+_GPU_ATTENTION = (
+    "Compiled without a GPU, attention is XLA's own, which writes its scores; on the device cuDNN's is used for 16-bit "
+    "dtypes and writes none, so the run needs less than this plan says."
+)
+
+
+def plan_job(job: Job, *, compile_too: bool = True) -> Plan:
+    """The plan of `job`.
+
+    Raises:
+      CannotCompile: `compile_too`, and the target's compiler is missing or fails.
+    """
+    need = closed.memory(job)
+    measured = compiled.compile_job(job) if compile_too else None
+    figures: dict[str, Any] = {
+        "at_rest": need.at_rest, "wire": closed.wire(job), "temp_bytes": need.temp_bytes, "peak_bytes": need.peak_bytes,
+        "moment": need.moment, "parts": need.parts,
+    }  # fmt: skip
+    room = usable_bytes(job.target)
+    fits = (measured or figures)["peak_bytes"] <= room
+    # Where the compiled program is larger than the closed form said, a change must win that much more.
+    allowed = room - max(0, measured["peak_bytes"] - need.peak_bytes) if measured else room
+    ways = [] if fits else [one._asdict() for one in fit.changes(job, room=allowed)]
+    return Plan(
+        job=job.to_dict(),
+        target=job.target,
+        device_bytes=memory_bytes(job.target),
+        usable_bytes=room,
+        closed=figures,
+        compiled=measured,
+        time=times(job)._asdict(),
+        changes=ways,
+        notes=_notes(job),
+    )
+
+
+def _notes(job: Job) -> list[str]:
+    notes = [] if facts.is_tpu(job.parsed) or job.precision == "fp32" else [_GPU_ATTENTION]
+    whole = [leaf.name for leaf in closed.leaves(job.config) if not leaf.is_split(job.data)]
+    if whole and job.stage and job.data > 1:
+        notes.append(f"data={job.data} divides no dim of {', '.join(whole)}: they stay whole on every device.")
+    return notes

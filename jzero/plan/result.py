@@ -1,0 +1,147 @@
+"""A plan as a value: what a run would need, closed form and compiled side by side. `print` it, or take `to_dict()`."""
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from jzero.report import WIDTH, human
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one step of a run would need of each device of a target. Bytes are per device; traffic is per step."""
+
+    job: Mapping[str, Any]
+    target: str
+    device_bytes: int  # memory of one device
+    usable_bytes: int  # what a program can have of it
+    closed: Mapping[str, Any] | None = None  # at_rest, wire, temp_bytes, peak_bytes, parts, moment; None for a user's own step
+    compiled: Mapping[str, Any] | None = None  # the same from the compiled program, with findings; None when not asked for
+    time: Mapping[str, Any] | None = None  # compute_s, wire_s, update_s, step_s, tokens_per_s_per_device, mfu, bound
+    changes: Sequence[Mapping[str, Any]] = ()  # what would make it fit: flags, peak_bytes, step_s
+    notes: Sequence[str] = ()
+    search: Mapping[str, Any] = field(default_factory=dict)  # rows and the winner, when asked for
+
+    @property
+    def peak_bytes(self) -> int:
+        """The compiled figure where there is one."""
+        return int((self.compiled or self.closed or {})["peak_bytes"])
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.usable_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """What a device lacks; 0 when the step fits."""
+        return max(0, self.peak_bytes - self.usable_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data that `json.dumps` takes."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return fields | {"fits": self.fits, "missing_bytes": self.missing_bytes, "peak_bytes": self.peak_bytes}
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [self._title(), "", *self._memory(), *self._traffic(), *self._speed(), *self._verdict(), *self._lines()]
+        )
+
+    def _title(self) -> str:
+        said = ", ".join(f"{name} {value}" for name, value in self.job.items() if name not in ("target", "mesh"))
+        mesh = ", ".join(f"{axis}={size}" for axis, size in self.job.get("mesh", {}).items())
+        return textwrap.fill(f"{said}, mesh {mesh}, on {self.target}. Everything is per device.", WIDTH)
+
+    def _memory(self) -> list[str]:
+        closed, compiled = self.closed or {}, self.compiled or {}
+        rows = [
+            (f"{role} at rest", closed.get("at_rest", {}).get(role), compiled.get("at_rest", {}).get(role))
+            for role in _keys(closed.get("at_rest"), compiled.get("at_rest"))
+        ]
+        rows += [(name, closed.get(f"{key}_bytes"), compiled.get(f"{key}_bytes")) for name, key in _TOTALS]
+        return ["Memory", _render(_table("", rows))]
+
+    def _traffic(self) -> list[str]:
+        closed, compiled = _flat(self.closed), _flat(self.compiled)
+        rows = [(name, closed.get(name), compiled.get(name)) for name in _keys(closed, compiled)]
+        return ["Wire, per step", _render(_table("axis and collective", rows))] if rows else ["Wire: nothing moves.\n"]
+
+    def _speed(self) -> list[str]:
+        if not self.time:
+            return []
+        time = self.time
+        wires = "".join(f", wire over {axis} {_seconds(value)}" for axis, value in time["wire_s"].items())
+        parts = f"compute {_seconds(time['compute_s'])}{wires}, update {_seconds(time['update_s'])}"
+        rate = f"{time['tokens_per_s_per_device']:,.0f} tokens/s, MFU {time['mfu']:.1%}, bound by {time['bound']}"
+        return [f"Time (closed form, a good run): {_seconds(time['step_s'])} a step; {rate}", f"  {parts}\n"]
+
+    def _verdict(self) -> list[str]:
+        room = f"{human(self.peak_bytes)} of {human(self.usable_bytes)} that a program can have of {human(self.device_bytes)}"
+        if self.fits:
+            return [f"Fits: {room}."]
+        parts = (self.closed or {}).get("parts", {})
+        largest = [f"  {name}: {human(size)}" for name, size in list(parts.items())[:5]]
+        lines = [f"Does not fit: {human(self.missing_bytes)} missing ({room})."]
+        lines += ["Largest parts, by the closed form:", *largest] if largest else []
+        return [*lines, *self._ways_out()] if self.closed else lines
+
+    def _ways_out(self) -> list[str]:
+        if not self.changes:
+            return ["No single or double change of stage, mesh, remat or accumulate makes it fit: use more or larger devices."]
+        tried = [f"  {one['flags']}: {human(one['peak_bytes'])}, {_seconds(one['step_s'])} a step" for one in self.changes[:4]]
+        return ["Would fit, by the closed form:", *tried]
+
+    def _lines(self) -> list[str]:
+        findings = list((self.compiled or {}).get("findings", ()))
+        said = [textwrap.fill(line, WIDTH, initial_indent="- ", subsequent_indent="  ") for line in [*self.notes, *findings]]
+        return ["", *said] if said else []
+
+
+_TOTALS = (("temporaries", "temp"), ("peak", "peak"))
+
+
+def _keys(*tables: Mapping[str, Any] | None) -> list[str]:
+    return list(dict.fromkeys(key for table in tables for key in table or ()))
+
+
+def _flat(figures: Mapping[str, Any] | None) -> dict[str, int]:
+    wire = (figures or {}).get("wire", {})
+    return {f"{axis} {kind}": size for axis, kinds in wire.items() for kind, size in kinds.items()}
+
+
+def _table(name: str, rows: Sequence[tuple[str, int | None, int | None]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column(name, no_wrap=True)
+    for heading in ("closed form", "compiled", "apart"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for label, closed, compiled in rows:
+        apart = f"{closed / compiled - 1:+.1%}" if closed is not None and compiled else "-"
+        table.add_row(label, human(closed), human(compiled), apart)
+    return table
+
+
+def rendered(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows under their names, numbers or not, as text."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=True, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return _render(table)
+
+
+def _render(table: Table) -> str:
+    """A table as text without colours, whatever terminal there is."""
+    console = Console(file=io.StringIO(), width=WIDTH, no_color=True, force_terminal=False, markup=False, emoji=False)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"

@@ -1,0 +1,51 @@
+"""The closed form of time: a roofline per device, from the facts of the device and the traffic of the stage."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from jzero import precision as precisions
+from jzero.plan import closed, facts
+from jzero.plan.job import Job
+
+_RECOMPUTED = {"none": 0.0, "dots": 1.0, "full": 1.0}  # of the forward pass, a third of both; "dots": see `closed._units`
+_UPDATE_BYTES = 28  # fp32 AdamW: reads parameter, gradient and two moments, writes three
+
+
+class Times(NamedTuple):
+    """Seconds per step, what they are made of, and the rates that follow."""
+
+    compute_s: float
+    wire_s: dict[str, float]  # axis -> seconds
+    update_s: float
+    step_s: float
+    tokens_per_s_per_device: float
+    mfu: float
+    bound: str  # "compute" or "wire"
+
+
+def times(job: Job) -> Times:
+    """How long one step takes if matmuls and wires reach what they reach alone (`facts.MATMUL_FRACTION`, `WIRE_FRACTION`).
+
+    Gathers and reductions at each use hide behind the layer's matmuls, so the longer of the two counts; those once a step stand
+    alone. Nothing else is lost here: kernels, input, stragglers. So it is a good run's time and not an average one's.
+    """
+    device = facts.FACTS[job.parsed.model]
+    tokens = job.batch * job.seq / job.num_devices
+    useful = closed.flops_per_token(job.config, job.seq) * tokens
+    peak = device.peak[jnp.dtype(precisions.get(job.precision).compute).name]
+    compute_s = useful * (1 + _RECOMPUTED[job.remat] / 3) / (peak * facts.MATMUL_FRACTION)
+    wires = {axis: sum(kinds.values()) / _bandwidth(job, axis) for axis, kinds in closed.wire(job).items()}
+    rested = closed.memory(job).at_rest
+    update_s = (rested["params"] + rested["opt_state"]) / 12 * _UPDATE_BYTES / device.memory_bandwidth
+    hidden = job.stage == 3 or (job.stage == 2 and job.accumulate > 1)
+    wire_s = sum(wires.values())
+    step_s = (max(compute_s, wire_s) if hidden else compute_s + wire_s) + update_s
+    bound = "compute" if compute_s >= wire_s else "wire"
+    return Times(compute_s, wires, update_s, step_s, tokens / step_s, useful / step_s / peak, bound)
+
+
+def _bandwidth(job: Job, axis: str) -> float:
+    """`data` is innermost, so its members are neighbours; `replica` strides over them."""
+    members, stride = {"data": (job.data, 1), "replica": (job.replica, job.data)}.get(axis, (job.num_devices, 1))
+    return facts.ring_bandwidth(job.parsed, members, stride) * facts.WIRE_FRACTION

@@ -1,0 +1,50 @@
+"""The exact program of a job, compiled for described devices. Runs as a process of its own: a request comes in, figures go out.
+
+`python -m jzero.plan.worker` reads one JSON line and prints one; everything else that it says goes to stderr.
+"""
+
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jzero import models
+from jzero.mesh import make_mesh
+from jzero.plan.job import Job
+from jzero.plan.own import figures
+from jzero.shard import shard
+from jzero.step import make_train_step
+from jzero.topology import topology
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """The report of the job's step, compiled and not run, with what the compilation took."""
+    start = time.perf_counter()
+    mesh = make_mesh(**job.mesh, devices=topology(job.target))
+    model = models.build(job.config)
+    train_step = make_train_step(model.loss, optax.adamw(3e-4), precision=job.precision, accumulate=job.accumulate)
+    step = shard(train_step, stage=job.stage, mesh=mesh, remat=job.remat, strict=False)
+    state = jax.eval_shape(lambda key: train_step.init(model.init(key)), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((job.batch, job.seq + 1), jnp.int32)
+    report = step.report(state, tokens)
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kibibytes
+    return figures(report) | {"compile_s": time.perf_counter() - start, "host_bytes": peak_rss}
+
+
+def main() -> None:
+    """One request, one answer; a failure the user can mend is an answer too."""
+    job = Job(**json.loads(sys.stdin.readline()))
+    try:
+        answer = measure(job)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
