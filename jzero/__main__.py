@@ -5,7 +5,10 @@ import sys
 
 from jzero._errors import explain, suggest
 
-COMMANDS = {"bench": "train GPT-2 or Llama under plain JAX and stages 0 to 3, side by side"}
+COMMANDS = {
+    "bench": "train GPT-2 or Llama under plain JAX and stages 0 to 3, side by side",
+    "checkpoint": "list, verify, compare and export checkpoints",
+}
 
 
 def main() -> None:

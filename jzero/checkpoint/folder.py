@@ -98,9 +98,13 @@ def check_exists(folder: epath.Path) -> None:
 
 def present(arrays: epath.Path) -> dict[Name, Any]:
     """What is stored: name -> shape and dtype, read from the index alone."""
+    return {name: leaf for name, leaf in unnest(tree(arrays)).items() if getattr(leaf, "shape", None) is not None}
+
+
+def tree(arrays: epath.Path) -> Any:
+    """What is stored, in the containers it was written from: dicts and lists."""
     try:
-        tree = ocp.PyTreeCheckpointHandler().metadata(arrays).tree
+        return ocp.PyTreeCheckpointHandler().metadata(arrays).tree
     except Exception as error:  # whatever Orbax stumbles over, the index cannot be read
         found = [f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"]
         raise checksums.CorruptCheckpoint(checksums.damaged(arrays, "the index cannot be read", found)) from error
-    return {name: leaf for name, leaf in unnest(tree).items() if getattr(leaf, "shape", None) is not None}

@@ -51,6 +51,15 @@ def unnest(tree: Any) -> dict[Name, Any]:
     return {(key, *name): leaf for key, node in pairs for name, leaf in unnest(node).items()}
 
 
+def replace(tree: Any, flat: Mapping[Name, Any], name: Name = ()) -> Any:
+    """`tree` with other leaves, by name; what has no new leaf (a None, an empty dict) stays."""
+    if isinstance(tree, Mapping):
+        return {key: replace(node, flat, (*name, str(key))) for key, node in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [replace(node, flat, (*name, str(index))) for index, node in enumerate(tree)]
+    return flat.get(name, tree)
+
+
 def to_disk(leaf: Any) -> Any:
     """An array as it is stored: a typed PRNG key as its uint32 words, a Python scalar as an array of jax's dtype for it."""
     if is_key(leaf):

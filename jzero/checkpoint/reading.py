@@ -41,8 +41,10 @@ def _restore(arrays: epath.Path, wanted: Mapping[Name, tuple[Any, NamedSharding]
         name: ocp.ArrayRestoreArgs(sharding=wanted[name][1], global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
         for name, leaf in stored.items()
     }
-    asked = ocp.args.PyTreeRestore(item=naming.nest(stored), restore_args=naming.nest(args), partial_restore=partial)
     try:
+        tree = naming.nest(stored) if partial else folder.tree(arrays)
+        item, how = (naming.replace(tree, flat) for flat in (stored, args))
+        asked = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=partial)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             read = naming.unnest(checkpointer.restore(arrays, args=asked))
     except Exception as error:  # names, shapes and dtypes agreed, so what fails now are the files
@@ -92,9 +94,10 @@ def _differs(there: Any, aval: Any, key: str | None, *, cast: bool) -> bool:
 
 
 def _way_out(missing: list[Any], extra: list[Any], there: Any, wanted: Any, apart: list[Any]) -> str:
-    only_dtypes = (
-        not missing and not extra and all(tuple(there[name].shape) == aval.shape for name, (aval, _) in wanted.items())
+    same_shapes = (
+        tuple(there[name].shape) == naming.stored_shape(aval).shape for name, (aval, _) in wanted.items() if name in there
     )
+    only_dtypes = not missing and not extra and all(same_shapes)
     if apart and only_dtypes:
         return "Pass cast=True to convert floating-point leaves to the step's precision."
     fix = "Restore with the model and optimizer that wrote it; weights_only=True leaves the optimizer's leaves out."

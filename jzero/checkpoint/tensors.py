@@ -50,7 +50,7 @@ def export(path: Any, file: Any, *, only: str | None = None) -> list[str]:
     with partial.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for stored, leaf in leaves.values():
-            out.write(_read(found.arrays, stored, leaf).tobytes())
+            out.write(read_leaf(found.arrays, stored, leaf).tobytes())
     partial.replace(target)
     return list(leaves)
 
@@ -74,7 +74,7 @@ def _dtype(name: str, leaf: Any) -> str:
     return DTYPES[kind]
 
 
-def _read(arrays: epath.Path, name: Name, leaf: Any) -> np.ndarray:
+def read_leaf(arrays: epath.Path, name: Name, leaf: Any) -> np.ndarray:
     """One leaf, whole, on the host."""
     item = nest({name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)})
     how = nest({name: ocp.RestoreArgs(restore_type=np.ndarray)})
