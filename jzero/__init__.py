@@ -4,6 +4,10 @@
 """
 
 from jzero._errors import StageNotAchieved as StageNotAchieved
+from jzero.checkpoint import CheckpointManager as CheckpointManager
+from jzero.checkpoint import export as export
+from jzero.checkpoint import restore as restore
+from jzero.checkpoint import save as save
 from jzero.doctor import doctor as doctor
 from jzero.mesh import make_mesh as make_mesh
 from jzero.plan import plan as plan

@@ -10,6 +10,7 @@ COMMANDS = {
     "launch": "start a script as several local processes, and again after a death",
     "plan": "what a run would need of devices that are not there",
     "doctor": "what this machine has, what it lacks, and how to get it",
+    "checkpoint": "list, verify, compare and export checkpoints",
 }
 
 

@@ -65,6 +65,7 @@ class ShardedStep:
         self._options = options
         self._programs: dict[Any, _Program] = {}
         self._recent: dict[Any, _Program] = {}  # by batch alone: the fast way in
+        self.known: tuple[Layout, Statics] | None = None  # the last state seen: what a checkpoint is restored as
 
     def __repr__(self) -> str:
         name = getattr(self.fn, "__name__", type(self.fn).__name__)
@@ -112,6 +113,7 @@ class ShardedStep:
         traced = [args[index] for index in dynamic]
         placed = self._layout(jax.eval_shape(make, traced))
         state = jax.jit(make, out_shardings=placed.tree, compiler_options=compiler.options(self._options.mesh))(traced)
+        self.known = placed, found[0]
         return found[0].merge(state)
 
     def place(self, state: Any) -> Any:
@@ -119,13 +121,15 @@ class ShardedStep:
         arrays, statics = split_statics(state)
         arrays = jax.tree.map(lambda leaf: leaf if _is_strong(leaf) else _strong(leaf), arrays)
         placed = self._layout(arrays)
+        self.known = placed, statics
         copies = [_copy(leaf, sharding) for leaf, sharding in zip(jax.tree.leaves(arrays), placed.shardings, strict=True)]
         return statics.merge(jax.tree.unflatten(placed.treedef, copies))
 
     def shardings(self, state: Any) -> Any:
         """A pytree of `NamedSharding` like `state` (arrays or `ShapeDtypeStruct`s)."""
         arrays, statics = split_statics(state)
-        return statics.merge(self._layout(arrays).tree)
+        self.known = self._layout(arrays), statics
+        return statics.merge(self.known[0].tree)
 
     def lower(self, state: Any, *batch: Any) -> jax.stages.Lowered:
         """The step lowered for these shapes, compiled or not; works on a mesh of devices that are only described."""
@@ -167,6 +171,7 @@ class ShardedStep:
             program.faults = self._check(program)
             self._programs[key] = program
         program = self._programs[key]
+        self.known = placed, statics
         self._recent[_signature(batch)] = program
         return program
 

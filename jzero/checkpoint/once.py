@@ -1,0 +1,61 @@
+"""One state in one folder: `jzero.save` and `jzero.restore`."""
+
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jzero._errors import explain
+from jzero.checkpoint import checksums, folder, reading, template, writing
+from jzero.checkpoint.naming import WHO
+from jzero.shard import ShardedStep
+
+
+def save(path: Any, state: Any, *, step: ShardedStep | None = None) -> None:
+    """Write `state` into a new folder and wait until it is complete. The folder appears when everything is in it.
+
+    Args:
+      path: a folder that does not exist yet, local or any that Orbax writes.
+      state: any pytree; each process writes its own pieces. Leaves that are not arrays are left out.
+      step: the sharded step, to note its stage and precision beside the arrays.
+
+    Raises:
+      FileExistsError: the folder holds something. OSError: it cannot be written.
+    """
+    where = folder.absolute(path)
+    if where.exists() and (not where.is_dir() or any(where.iterdir())):
+        fix = "Name a new folder, or use jzero.CheckpointManager(path), which keeps several."
+        raise FileExistsError(explain(f"{WHO}: save", "there is something already", found=[str(where)], fix=fix))
+    writing.check_writable(where.parent)
+    items = writing.items(state, step=step)
+    handler = ocp.CompositeCheckpointHandler(state=checksums.Handler(), jzero=ocp.JsonCheckpointHandler())
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(where, args=items, force=where.exists())  # force: an empty folder is no obstacle
+
+
+def restore(path: Any, step: ShardedStep, *, cast: bool = False) -> Any:
+    """The state in `path`, on the step's mesh and stage, whatever wrote it; a manager's folder gives its newest.
+
+    Also a checkpoint that plain Orbax wrote. Every file is compared with its checksum first.
+
+    Args:
+      path: what `jzero.save` or a `CheckpointManager` wrote, or plain Orbax.
+      step: where the state goes. Its structure is the one the step has seen last (`step.init`, `step.place`,
+        `step.shardings(jax.eval_shape(make_state))`); a step that has seen none takes the one the checkpoint describes.
+      cast: convert floating-point leaves of another dtype; without it they are an error.
+
+    Raises:
+      FileNotFoundError, ValueError: no checkpoint; leaves that do not match; a newer format; damaged files.
+    """
+    return load(folder.open_one(folder.locate(path)), step, cast=cast)
+
+
+def load(found: folder.Found, step: ShardedStep, *, cast: bool = False, weights_only: bool = False, into: Any = None) -> Any:
+    """Check the files, then read them onto `step`. `into`: the state whose leaves stay where only weights are read."""
+    checksums.check(found.arrays)
+    layout, statics = template.of(step, found)
+    if not weights_only:
+        return statics.merge(jax.tree.unflatten(layout.treedef, reading.read(found, layout, cast=cast)))
+    from jzero.checkpoint import weights
+
+    return weights.load(found, step, layout, statics, cast=cast, into=into)
