@@ -146,11 +146,13 @@ def _gathered_outside_its_use(subject: Subject) -> Iterator[Fault]:
         for use in uses
         if use.eqn.primitive.name == "sharding_constraint" and not use.level and _names_no_axis(use.eqn)
     ]
-    at_once = {num_elements(use.eqn.invars[use.operand].aval) for use in uses if use.trips == 1 or not use.level}
+    used = {
+        num_elements(use.eqn.invars[use.operand].aval) for use in uses
+    }  # a slice of one leaf may be as large as another's stack
     stacks = {}
     for use in uses:
         size = num_elements(subject.layout.avals[use.leaf])
-        if use.level and size not in at_once and size > num_elements(use.eqn.invars[use.operand].aval):
+        if use.level and size not in used:
             stacks.setdefault(size, subject.layout.placements[use.leaf].leaf.path)
     for one in subject.over_batch("all-gather"):
         hoisted = [stacks[array.elements] for array in one.arrays if array.elements in stacks]
