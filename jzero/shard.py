@@ -142,7 +142,8 @@ class ShardedStep:
         return reporting.report(self._subject(program), achieved.lines(program.faults), batch)
 
     def _subject(self, program: _Program) -> achieved.Subject:
-        return reporting.subject(self.fn, program.layout, self._options, program.trace, program.compiled)
+        fn = self._train_step(program.statics) if isinstance(self.fn, TrainStep) else self.fn
+        return reporting.subject(fn, program.layout, self._options, program.trace, program.compiled)
 
     def _check(self, program: _Program) -> list[achieved.Fault]:
         """What the program breaks of its stage's promises: an error, or with `strict=False` a warning for each."""
