@@ -28,6 +28,7 @@ class _Program:
     def __init__(self, layout: Layout, statics: Statics, lowered: Any, trace: Trace):
         self.layout, self.statics, self.lowered, self.trace = layout, statics, lowered, trace
         self.compiled = lowered.compile()
+        self.subject: achieved.Subject | None = None  # what the compiler made of it, measured once
         self.faults: list[achieved.Fault] = []  # promises of the stage that it breaks
         self.is_compared = jax.process_count() == 1  # with what the other processes run
         self.watch = watch.from_environment()
@@ -139,15 +140,17 @@ class ShardedStep:
     def report(self, state: Any, *batch: Any) -> Report:
         """What the compiled step needs and moves, measured beside the stage's formula. Compiles if it must; runs nothing."""
         program = self._program(state, *batch)
-        return reporting.report(self._subject(program), achieved.lines(program.faults), batch)
+        return reporting.report(self._measured(program), achieved.lines(program.faults), batch)
 
-    def _subject(self, program: _Program) -> achieved.Subject:
-        fn = self._train_step(program.statics) if isinstance(self.fn, TrainStep) else self.fn
-        return reporting.subject(fn, program.layout, self._options, program.trace, program.compiled)
+    def _measured(self, program: _Program) -> achieved.Subject:
+        if program.subject is None:
+            fn = self._train_step(program.statics) if isinstance(self.fn, TrainStep) else self.fn
+            program.subject = reporting.subject(fn, program.layout, self._options, program.trace, program.compiled)
+        return program.subject
 
     def _check(self, program: _Program) -> list[achieved.Fault]:
         """What the program breaks of its stage's promises: an error, or with `strict=False` a warning for each."""
-        found = achieved.faults(self._subject(program))
+        found = achieved.faults(self._measured(program))
         if found and self._options.strict:
             raise achieved.error(found, self._options, WHO)
         for line in achieved.lines(found):

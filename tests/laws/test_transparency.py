@@ -186,7 +186,7 @@ def test_constraints_that_are_dropped_are_listed():
     findings = jzero.shard(train_step, stage=3, mesh=mesh).report(train_step.init(loss.params()), *programs.batch()).findings
     dropped = [line for line in findings if line.startswith("constraint dropped")]
     assert len(dropped) == 3, findings  # before the scan, in its body, in a branch
-    assert all("P('data', None) at " in line and "programs.py:" in line for line in dropped), dropped
+    assert all("P('data', None) at " in line and "outside.py:" in line for line in dropped), dropped
 
 
 def test_bare_specs_under_set_mesh():
