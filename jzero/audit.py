@@ -7,6 +7,8 @@ only described.
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +33,8 @@ class Parameter(NamedTuple):
     aliased: bool  # an output is written over it: the donation worked
 
 
-class Audit(NamedTuple):
+@dataclass(frozen=True)
+class Audit:
     """One compiled program, measured. Bytes are per device, traffic is per step."""
 
     collectives: tuple[Collective, ...]
@@ -44,11 +47,17 @@ class Audit(NamedTuple):
     peak_bytes: int
     host_bytes: int  # arguments, outputs and temporaries in host memory (only the TPU compiler counts them apart)
     parameters: tuple[Parameter, ...]
+    module: hlo.Module
 
     @property
     def aliased(self) -> tuple[int, ...]:
         """The numbers of the program's parameters that outputs are written over."""
         return tuple(number for number, parameter in enumerate(self.parameters) if parameter.aliased)
+
+    @cached_property
+    def memory(self) -> hlo.Liveness:
+        """The buffers of the program and their lives."""
+        return hlo.liveness(self.module)
 
 
 def audit(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> Audit:
@@ -59,7 +68,7 @@ def audit(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> Audit:
       mesh: the mesh that the program was lowered for; it gives the axes their names.
 
     Returns:
-      The measurements. CPU compilers widen bf16 collectives to f32 and underestimate `peak_bytes`.
+      The measurements. CPU compilers widen bf16 collectives to f32.
 
     Example:
       >>> import jax.numpy as jnp
@@ -73,6 +82,7 @@ def audit(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> Audit:
     found = hlo.collectives(module, num_devices=mesh.devices.size)
     memory = compiled.memory_analysis()
     get = lambda name: int(getattr(memory, f"{name}_in_bytes", 0))
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
     resting = get("argument_size") + get("output_size") - get("alias_size")
     return Audit(
         collectives=found,
@@ -82,9 +92,10 @@ def audit(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> Audit:
         output_bytes=get("output_size"),
         alias_bytes=get("alias_size"),
         temp_bytes=get("temp_size"),
-        peak_bytes=get("peak_memory") or resting + get("temp_size"),
+        peak_bytes=(0 if is_cpu else get("peak_memory")) or resting + get("temp_size"),  # the CPU's leaves temporaries out
         host_bytes=sum(get(f"host_{name}_size") for name in ("argument", "output", "temp")) - get("host_alias_size"),
         parameters=parameters(module),
+        module=module,
     )
 
 

@@ -29,6 +29,12 @@ class Report:
     wire_bytes: Mapping[str, Mapping[str, Figure]]  # axis -> kind of collective -> figure
     temp_bytes: int
     peak_bytes: int
+    peak_in_use: int | None = None  # the most that the devices have had in use so far, where they count it
+    peak_buffers: Sequence[Mapping[str, Any]] = ()  # the largest temporaries at the peak: array, bytes, role, source, ...
+    memory_timeline: Mapping[str, Sequence[int]] = field(default_factory=dict)  # role -> bytes at moments of the step
+    collectives: Sequence[Mapping[str, Any]] = ()  # kind, axis, dtype, arrays, times, wire_bytes, loop_depth, serves, source
+    donated: Mapping[str, int] = field(default_factory=dict)  # {"leaves": given back in place, "of": all}
+    num_compiled: int = 1  # programs that this step has compiled: one for each state structure and batch shape
     leaves: Sequence[Mapping[str, Any]] = ()  # path, dtype, shape, role, spec, bytes_per_device, why
     findings: Sequence[str] = ()
     programs: Mapping[str, Any] = field(default_factory=dict)  # anything else worth keeping, as JSON
@@ -48,11 +54,59 @@ class Report:
                 _render(_figures(("role",), resting)),
                 "Bytes on the wire, per step",
                 _render(_figures(("axis", "collective"), wires)),
-                f"Temporaries {human(self.temp_bytes)}, peak {human(self.peak_bytes)}",
+                f"Temporaries {human(self.temp_bytes)}, peak {human(self.peak_bytes)}{self._in_use()}",
+                self._compiled(),
+                *(["\nLargest temporaries at the peak", self.buffer_table(5).rstrip()] if self.peak_buffers else []),
                 "\nFindings" if self.findings else "\nNo findings",
                 *(textwrap.fill(line, WIDTH, initial_indent="- ", subsequent_indent="  ") for line in self.findings),
             ]
         )
+
+    def _in_use(self) -> str:
+        if self.peak_in_use is None:
+            return ""
+        return f"; the devices have had {human(self.peak_in_use)} in use ({self.peak_in_use / self.peak_bytes:.2f} of it)"
+
+    def _compiled(self) -> str:
+        donated = f"{self.donated['leaves']} of {self.donated['of']} state leaves reused in place; " if self.donated else ""
+        return f"{donated}{self.num_compiled} program{'s' * (self.num_compiled != 1)} compiled"
+
+    def buffer_table(self, most: int = 10) -> str:
+        """The largest temporaries alive when most are, and the line of code that made each."""
+        table = _table("array", "for", right=("bytes",), last=("made at",))
+        for one in self.peak_buffers[:most]:
+            made_at = one["source"].rsplit("/", 1)[-1] or one["op_name"] or one["instruction"]
+            table.add_row(one["array"], one["role"], human(one["bytes"]), made_at)
+        return _render(table)
+
+    def collective_table(self) -> str:
+        """One row per collective of the program: what it moves, how often, for which parameter, and from which line."""
+        table = _table("collective", "axis", right=("times", "bytes per step"), last=("arrays", "serves", "from"))
+        for one in self.collectives:
+            kind = one["kind"] if one["kind"] == one["written_as"] else f"{one['kind']} (as {one['written_as']})"
+            times = "?" if one["times"] is None else str(one["times"])
+            source = one["source"].rsplit("/", 1)[-1]
+            cells = (
+                kind,
+                one["axis"],
+                times,
+                human(one["wire_bytes"]),
+                ", ".join(one["arrays"]),
+                ", ".join(one["serves"]),
+                source,
+            )
+            table.add_row(*cells)
+        return _render(table)
+
+    def plot(self, path: str) -> None:
+        """Write a picture: memory over the step by role, and traffic by mesh axis. The ending chooses the format.
+
+        Raises:
+          ModuleNotFoundError: without matplotlib (`pip install 'jzero[plot]'`).
+        """
+        from jzero.picture import draw
+
+        draw(self, path)
 
     def leaf_table(self) -> str:
         """One row per leaf of the state: what it is, where it lives and why."""

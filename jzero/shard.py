@@ -140,7 +140,7 @@ class ShardedStep:
     def report(self, state: Any, *batch: Any) -> Report:
         """What the compiled step needs and moves, measured beside the stage's formula. Compiles if it must; runs nothing."""
         program = self._program(state, *batch)
-        return reporting.report(self._measured(program), achieved.lines(program.faults), batch)
+        return reporting.report(self._measured(program), achieved.lines(program.faults), batch, len(self._programs))
 
     def _measured(self, program: _Program) -> achieved.Subject:
         if program.subject is None:

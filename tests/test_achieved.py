@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from fixtures.compilers import compilers as compilers
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -57,6 +58,7 @@ def v5e():
 
 
 TARGETS = {"cpu": lambda: None, "h100": h100, "v5e": v5e}
+CPU, H100, V5E = "cpu", *(pytest.param(name, marks=pytest.mark.compile) for name in ("h100", "v5e"))
 
 
 def caught(step, state, x):
@@ -66,7 +68,7 @@ def caught(step, state, x):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [CPU, H100, V5E])
 @pytest.mark.parametrize(
     "fn", [own_step, jzero.make_train_step(loss, TX, precision="bf16", accumulate=2)], ids=["own", "jzero"]
 )
@@ -78,7 +80,7 @@ def test_what_is_achieved_is_no_error(stage, target, fn):
     assert not any("not achieved" in line for line in report.findings)
 
 
-@pytest.mark.parametrize("target", ["cpu", "h100", "v5e"])
+@pytest.mark.parametrize("target", [CPU, H100, V5E])
 def test_sharded_inputs_without_the_pass(monkeypatch, target):
     plain = lambda jaxpr, facts, args, **_: jax.extend.core.jaxpr_as_fun(jaxpr)(*args)
     monkeypatch.setattr(opaque_engine, "constrained", plain)
@@ -86,7 +88,7 @@ def test_sharded_inputs_without_the_pass(monkeypatch, target):
     assert "stage 3 was not achieved" in message
 
 
-@pytest.mark.parametrize("target", ["cpu", "h100"])
+@pytest.mark.parametrize("target", [CPU, H100])
 def test_a_constraint_that_replicates_a_parameter(target):
     mesh = TARGETS[target]()
     whole = NamedSharding(mesh or jzero.make_mesh(), NOWHERE)
@@ -100,7 +102,7 @@ def test_a_constraint_that_replicates_a_parameter(target):
     assert "test_achieved.py" in message
 
 
-@pytest.mark.parametrize("target", ["cpu", "h100"])
+@pytest.mark.parametrize("target", [CPU, H100])
 def test_a_gather_hoisted_out_of_the_scan(monkeypatch, target):
     """The pass is told that a stack is used where it stands before the loop."""
     real = opaque_engine.constrained
@@ -115,7 +117,7 @@ def test_a_gather_hoisted_out_of_the_scan(monkeypatch, target):
     assert "all its layers at once: all-gather" in message
 
 
-@pytest.mark.parametrize("target", ["cpu", "h100", "v5e"])
+@pytest.mark.parametrize("target", [CPU, H100, V5E])
 def test_accumulation_reduced_in_every_microbatch(target):
     def accumulating(state, x):
         p, opt_state = state
@@ -143,6 +145,7 @@ def test_a_leaf_that_is_not_donated(monkeypatch):
     assert "0/up   float32[4,48,96]" in message
 
 
+@pytest.mark.compile
 def test_a_gather_in_fp32_where_bf16_was_asked_for(monkeypatch):
     real = comms.Manual.gather
 
@@ -155,6 +158,7 @@ def test_a_gather_in_fp32_where_bf16_was_asked_for(monkeypatch):
     assert "parameters are gathered wider than bfloat16" in message
 
 
+@pytest.mark.compile
 def test_a_cast_to_fp32_before_the_use_travels_in_bf16():
     widening = lambda p, x: loss({**p, "out": p["out"].astype(jnp.float32)}, x)
     fn = jzero.make_train_step(widening, TX, precision="bf16")

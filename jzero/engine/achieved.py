@@ -3,6 +3,7 @@
 Only what a stage promises is a fault; what costs more than expected without breaking a promise is a finding of the report.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ import numpy as np
 from jzero import _compat, audit, hlo, traffic
 from jzero._errors import StageNotAchieved, columns, explain
 from jzero._tree import num_elements, short
+from jzero.engine import memory
 from jzero.engine.layout import Layout, Options, Trace
-from jzero.gather.facts import Reading, Use
+from jzero.gather.facts import Reading, Use, kept_use
 from jzero.mesh import batch_axes, describe
 from jzero.step import TrainStep
 
@@ -73,7 +75,7 @@ def faults(subject: Subject) -> list[Fault]:
     """Every promise of the stage that the compiled program breaks."""
     checks = [_rests_elsewhere, _not_donated]
     if subject.options.mesh.size > 1:
-        checks += [_gathered_outside_its_use, _reduced_in_a_loop, _gathered_wide, _shuffled]
+        checks += [_gathered_outside_its_use, _kept_whole, _reduced_in_a_loop, _gathered_wide, _shuffled]
     return [fault for check in checks for fault in check(subject)]
 
 
@@ -163,6 +165,39 @@ def _gathered_outside_its_use(subject: Subject) -> Iterator[Fault]:
             tuple(dict.fromkeys(rows[:MOST_ROWS])),
             "Leave parameters as they come until a layer uses them.",
         )
+
+
+def _kept_whole(subject: Subject) -> Iterator[Fault]:
+    """Stage 3: what the forward pass gathered is given up, and gathered again for the backward pass.
+
+    Only the last use's parameter may stay: its backward pass comes next (a language model's head).
+    """
+    if subject.options.stage.gather != "use":
+        return
+    allowed = _kept_by_design(subject)
+    found = memory.kept(subject.measured.memory, lambda elements: elements in allowed)
+    rows = [
+        f"{buffer.shape} ({buffer.bytes:,} bytes, {buffer.instruction}) from {buffer.source or buffer.op_name}"
+        for buffer in sorted(found, key=lambda buffer: -buffer.bytes)
+        if buffer.bytes > SMALL_BYTES
+    ]
+    if rows:
+        yield Fault(
+            f"{len(rows)} gathered weights are kept from forward to backward",
+            tuple(rows[:MOST_ROWS]),
+            "Save no gathered weight: give jax.checkpoint a policy that leaves parameters out.",
+        )
+
+
+def _kept_by_design(subject: Subject) -> set[int]:
+    """Elements of the parameters that are used forward and at once backward."""
+    uses = subject.uses()
+    size = lambda use: num_elements(use.eqn.invars[use.operand].aval)
+    if subject.is_composed:
+        last = kept_use(uses)
+        return {size(last)} if last is not None else set()
+    outside = [use for use in uses if not use.level]
+    return {size(use) for use, after in itertools.pairwise(outside) if use.leaf == after.leaf}
 
 
 def _names_no_axis(eqn: Any) -> bool:

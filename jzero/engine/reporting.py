@@ -7,9 +7,10 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jzero import audit as audits
-from jzero import traffic
+from jzero import hlo, traffic
 from jzero._tree import num_bytes, num_elements, short
 from jzero._types import ROLES
+from jzero.engine import memory, serving
 from jzero.engine.achieved import Subject
 from jzero.engine.layout import Layout, Options, Trace
 from jzero.gather.facts import Reading
@@ -26,11 +27,12 @@ def subject(fn: Any, layout: Layout, options: Options, trace: Trace, compiled: A
     return Subject(fn, layout, options, trace, compiled, measured, _formula(fn, layout, options, trace))
 
 
-def report(subject: Subject, faults: Sequence[str], batch: tuple[Any, ...]) -> Report:
+def report(subject: Subject, faults: Sequence[str], batch: tuple[Any, ...], num_compiled: int) -> Report:
     """The report of one compiled program; `faults` are the promises that it breaks."""
     fn, layout, options, trace, compiled, measured, formula = subject
     in_shardings = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda leaf: isinstance(leaf, jax.sharding.Sharding))
     resting = _resting(layout, batch, in_shardings[: len(layout.avals)], options)
+    reused = measured.parameters[-len(in_shardings) :][: len(layout.avals)]
     return Report(
         stage=options.stage.number,
         engine=_engine(fn, trace),
@@ -39,6 +41,12 @@ def report(subject: Subject, faults: Sequence[str], batch: tuple[Any, ...]) -> R
         wire_bytes=_side_by_side(audits.wire(measured.collectives, options.mesh, as_meant=True), formula),
         temp_bytes=measured.temp_bytes,
         peak_bytes=measured.peak_bytes,
+        peak_in_use=_peak_in_use(options),
+        peak_buffers=memory.at_peak(measured.memory),
+        memory_timeline=memory.timeline(measured.memory, {role: row["measured"] for role, row in resting.items()}),
+        collectives=serving.collectives(subject),
+        donated={"leaves": sum(parameter.aliased for parameter in reused), "of": len(layout.avals)},
+        num_compiled=num_compiled,
         leaves=_leaves(layout),
         findings=[*faults, *_findings(layout, options, trace, measured)],
         programs={
@@ -156,6 +164,10 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
     if respelled:
         count = len(respelled)
         found.append(f"the compiler wrote {count} reduce-scatters or gathers as all-reduces: twice the bytes counted above")
+    found += [
+        f"waits for the host: {one.what} of {one.bytes:,} bytes from {one.source or one.op_name or 'the compiler'}"
+        for one in hlo.host_transfers(measured.module)[:10]
+    ]
     found += [f"nobody asked for: {audits.describe(one, options.mesh)}" for one in audits.shuffles(measured)[:10]]
     found += [
         f"in a loop of unknown length, counted once: {audits.describe(one, options.mesh)}"
@@ -167,3 +179,17 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
 def _wants_data(placement: Any, options: Options) -> bool:
     """Leaves that are whole because their role is, at this stage, are no finding."""
     return any(words in placement.why for words in ("under min_shard_elements", "is a multiple of", "is free"))
+
+
+def _peak_in_use(options: Options) -> int | None:
+    """The most memory that this process's devices of the mesh have had in use, where the runtime counts it."""
+    found = []
+    for device in options.mesh.local_devices if _is_real(options) else ():
+        stats = device.memory_stats() or {}
+        found += [int(stats["peak_bytes_in_use"])] if "peak_bytes_in_use" in stats else []
+    return max(found, default=None)
+
+
+def _is_real(options: Options) -> bool:
+    """Whether the devices are there (on the default platform), and not only described."""
+    return set(options.mesh.devices.flat) <= set(jax.devices())

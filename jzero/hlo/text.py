@@ -51,6 +51,7 @@ class Instruction(NamedTuple):
     shape: Shape
     operands: tuple[str, ...]  # names; for constants and parameters the text in the parentheses
     attributes: str  # as printed; `attribute` reads one of them
+    type_text: str = ""  # the shape as printed, with its layouts
 
     @property
     def op_name(self) -> str:
@@ -157,7 +158,7 @@ def _instruction(name: str, text: str) -> Instruction:
     opening = text.index("(", end)
     closing = _end(text, opening + 1, stop=")")
     operands = tuple(_operand(part) for part in split(_COMMENT.sub("", text[opening + 1 : closing])))
-    return Instruction(name, text[end:opening].strip(), shape, operands, text[closing + 1 :].lstrip(", "))
+    return Instruction(name, text[end:opening].strip(), shape, operands, text[closing + 1 :].lstrip(", "), text[:end])
 
 
 def _operand(text: str) -> str:

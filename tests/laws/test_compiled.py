@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from fixtures.compilers import compilers as compilers
 from laws.compiled_gpt import LENGTH, Spelling, make_loss, make_params, opaque_step
 
 import jzero
