@@ -57,7 +57,8 @@ class Auto:
         return False
 
     def gather(self, shard: jax.Array, split: Split) -> jax.Array:
-        return self.place(shard, without(split, self.axis))
+        """Said twice, before and after: else the partitioner may gather earlier, before a barrier that keeps two uses apart."""
+        return self.place(self.place(shard, split), without(split, self.axis))
 
     def reduce(self, whole: jax.Array, split: Split, dtype: Any) -> jax.Array:
         return self.place(whole.astype(dtype), split)
