@@ -79,7 +79,7 @@ def everywhere():
         yield pytest.param(target, stage, STEPS[name], marks=marks, id=f"{target}-{stage}-{name}")
 
 
-@pytest.mark.parametrize(("target", "stage", "fn"), everywhere())
+@pytest.mark.parametrize(("target", "stage", "fn"), list(everywhere()))
 def test_what_is_achieved_is_no_error(target, stage, fn):
     step, state, x = described(fn, stage=stage, mesh=TARGETS[target]())
     with warnings.catch_warnings():
