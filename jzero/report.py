@@ -45,9 +45,9 @@ class Report:
             [
                 f"Stage {self.stage}, {self.engine} engine, mesh {mesh}. Everything is per device.",
                 "\nBytes at rest",
-                _render(_figures(("role",), resting)),
+                render(_figures(("role",), resting)),
                 "Bytes on the wire, per step",
-                _render(_figures(("axis", "collective"), wires)),
+                render(_figures(("axis", "collective"), wires)),
                 f"Temporaries {human(self.temp_bytes)}, peak {human(self.peak_bytes)}",
                 "\nFindings" if self.findings else "\nNo findings",
                 *(textwrap.fill(line, WIDTH, initial_indent="- ", subsequent_indent="  ") for line in self.findings),
@@ -62,7 +62,7 @@ class Report:
             size = human(leaf.get("bytes_per_device"))
             cells = (leaf.get("path", ""), array, leaf.get("role", ""), size, leaf.get("spec", ""), leaf.get("why", ""))
             table.add_row(*map(str, cells))
-        return _render(table)
+        return render(table)
 
 
 def human(num_bytes: float | None) -> str:
@@ -100,7 +100,7 @@ def _table(*left: str, right: tuple[str, ...] = (), last: tuple[str, ...] = ()) 
     return table
 
 
-def _render(table: Table) -> str:
+def render(table: Table) -> str:
     """A table as text without colours, whatever terminal there is."""
     console = Console(file=io.StringIO(), width=WIDTH, no_color=True, force_terminal=False, markup=False, emoji=False)
     with console.capture() as captured:

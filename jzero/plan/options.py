@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jzero import mesh as meshes
 from jzero._errors import explain
 from jzero.plan.job import WHO, count
 
@@ -39,7 +40,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
       SystemExit: `--help`, or words that argparse does not know.
     """
     asked = vars(_parser().parse_args(argv))
-    asked["mesh"] = parse_mesh(asked["mesh"])
+    asked["mesh"] = meshes.parse(asked["mesh"], who=WHO)
     for name in ("seq", "tokens_per_batch"):
         asked[name] = None if asked[name] is None else count(asked[name])
     options = Options(**asked)
@@ -62,16 +63,6 @@ def split_step(words: str) -> tuple[Path, str]:
         problem, fix = "FILE.py:NAME, a file that exists and a name in it", "For example examples/dict.py:step."
         raise ValueError(explain(WHO, problem, found=[f"{words!r}"], fix=fix))
     return Path(file), name
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """`"data=4,replica=2"` -> {"data": 4, "replica": 2}."""
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    wrong = [f"--mesh {text}: {''.join(pair)!r}" for pair in pairs if not pair[2].strip().isdigit() or int(pair[2]) < 1]
-    if wrong:
-        fix = "Write --mesh data=4,replica=2."
-        raise ValueError(explain(WHO, "a mesh is axis=size, comma-separated, sizes positive", found=wrong, fix=fix))
-    return {axis.strip(): int(size) for axis, _, size in pairs}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -68,7 +68,7 @@ def _on_mesh(step: Any, mesh: jax.sharding.Mesh, stage: int | None) -> ShardedSt
             fix = "Pass a ShardedStep, a TrainStep or fn(state, *batch) -> (state, aux)."
             raise TypeError(explain(WHO, "the step must be callable", found=[f"got {type(step).__name__}"], fix=fix))
         return shard(step, stage=DEFAULT_STAGE if stage is None else stage, mesh=mesh, strict=False)
-    kept = step._options
+    kept = step.options
     return shard(
         step.fn, stage=kept.stage.number if stage is None else stage, mesh=mesh, params=kept.params, rules=kept.rules,
         remat=kept.remat, min_shard_elements=kept.min_shard_elements, on_indivisible=kept.on_indivisible, donate=kept.donate,

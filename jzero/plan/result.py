@@ -1,16 +1,14 @@
 """A plan as a value: what a run would need, closed form and compiled side by side. `print` it, or take `to_dict()`."""
 
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from jzero.report import WIDTH, human
+from jzero.report import WIDTH, human, render
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +62,12 @@ class Plan:
             for role in _keys(closed.get("at_rest"), compiled.get("at_rest"))
         ]
         rows += [(name, closed.get(f"{key}_bytes"), compiled.get(f"{key}_bytes")) for name, key in _TOTALS]
-        return ["Memory", _render(_table("", rows))]
+        return ["Memory", render(_table("", rows))]
 
     def _traffic(self) -> list[str]:
         closed, compiled = _flat(self.closed), _flat(self.compiled)
         rows = [(name, closed.get(name), compiled.get(name)) for name in _keys(closed, compiled)]
-        return ["Wire, per step", _render(_table("axis and collective", rows))] if rows else ["Wire: nothing moves.\n"]
+        return ["Wire, per step", render(_table("axis and collective", rows))] if rows else ["Wire: nothing moves.\n"]
 
     def _speed(self) -> list[str]:
         if not self.time:
@@ -132,15 +130,7 @@ def rendered(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         table.add_column(name, no_wrap=True, justify="right")
     for row in rows:
         table.add_row(*row)
-    return _render(table)
-
-
-def _render(table: Table) -> str:
-    """A table as text without colours, whatever terminal there is."""
-    console = Console(file=io.StringIO(), width=WIDTH, no_color=True, force_terminal=False, markup=False, emoji=False)
-    with console.capture() as captured:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+    return render(table)
 
 
 def _seconds(value: float) -> str:
