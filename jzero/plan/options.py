@@ -29,6 +29,8 @@ class Options(NamedTuple):
     closed_form_only: bool
     search: bool
     compile_best: int
+    price: float | None
+    memory_limit: float | None
     json: str | None
 
 
@@ -53,6 +55,10 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         )
     if options.step is not None:
         split_step(options.step)
+    amounts = {"--price": options.price, "--memory-limit": options.memory_limit, "--compile-best": options.compile_best + 1}
+    wrong = [f"{name} {amount}" for name, amount in amounts.items() if amount is not None and not 0 < amount < float("inf")]
+    if wrong:
+        raise ValueError(explain(WHO, "amounts must be positive", found=wrong, fix="Leave them out to get the defaults."))
     return options
 
 
@@ -80,7 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--accumulate", type=int, default=1, help="microbatches per step")
     add("--remat", default="full", help="none, full or dots: what the backward pass computes again, per layer")
     add("--closed-form-only", action="store_true", help="compile nothing: an answer within a second")
-    add("--search", action="store_true", help="try stage, mesh, accumulate and remat; compile the best few")
+    add("--search", action="store_true", help="try stage, mesh, microbatch, accumulate and remat; compile the best few")
     add("--compile-best", type=int, default=2, help="how many candidates of a search to compile")
+    add("--price", type=float, help="dollars per device and hour: adds dollars per 1e9 tokens")
+    add(
+        "--memory-limit",
+        type=float,
+        metavar="GB",
+        help="this machine's, for the compilers; default most of what is free",
+    )
     add("--json", metavar="FILE", help="write the plan")
     return parser

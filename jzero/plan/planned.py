@@ -31,7 +31,9 @@ def plan_job(job: Job, *, compile_too: bool = True) -> Plan:
     fits = (measured or figures)["peak_bytes"] <= room
     # Where the compiled program is larger than the closed form said, a change must win that much more.
     allowed = room - max(0, measured["peak_bytes"] - need.peak_bytes) if measured else room
-    ways = [] if fits else [one._asdict() for one in fit.changes(job, room=allowed)]
+    ways = [] if fits else fit.changes(job, room=allowed)
+    if measured:
+        ways = fit.compiled_changes(ways, room=room)
     return Plan(
         job=job.to_dict(),
         target=job.target,
@@ -40,7 +42,7 @@ def plan_job(job: Job, *, compile_too: bool = True) -> Plan:
         closed=figures,
         compiled=measured,
         time=times(job)._asdict(),
-        changes=ways,
+        changes=[one.to_dict() for one in ways],
         notes=_notes(job),
     )
 
