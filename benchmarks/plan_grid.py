@@ -73,11 +73,11 @@ llama-8b v5p:4x4x4 3 dots 4096 2 4 fp32
 gpt2-1.5b v5e:4x4 3 none 1024 2 1 bf16-pure
 gpt2-124m v5e:4x4 0 dots 1024 4 1 fp32
 llama-1b v5p:4x4x4 0 full 2048 1 4 bf16-pure
-llama-8b v5p:4x4x4 1 full 4096 4 1 bf16-pure
+llama-8b v5p:4x4x4 1 full 4096 4 1 bf16
 gpt2-1.5b v5p:4x4x4 2 full 1024 1 4 fp32
 llama-1b v5e:4x4 1 dots 2048 2 1 bf16
 llama-8b v5p:4x4x4 3 none 4096 1 4 bf16
-gpt2-124m v5p:4x4x4 2 dots 1024 2 1 bf16-pure
+gpt2-124m v5p:4x4x4 2 dots 1024 2 1 bf16
 llama-1b v5p:4x4x4 3 full 2048 4 4 fp32
 gpt2-1.5b v5p:4x4x4 0 dots 1024 1 1 bf16
 gpt2-1.5b v5p:4x4x4 1 none 1024 4 1 fp32

@@ -35,8 +35,11 @@ class Memory(NamedTuple):
         return dict(sorted(named.items(), key=lambda item: -item[1]))
 
 
-def memory(job: Job) -> Memory:
-    """Bytes at rest by role, and the temporaries of the moment that needs most."""
+def memory(job: Job, *, fused_attention: bool = False) -> Memory:
+    """Bytes at rest by role, and the temporaries of the moment that needs most.
+
+    `fused_attention`: as on a GPU, whose cuDNN kernel writes no scores; what is compiled without a GPU writes them.
+    """
     size, found = moments.sizes(job), leaves(job.config)
     stage = stages.get(job.stage)
     whole, shard = moments.elements(found, 1), moments.elements(found, job.data)
@@ -45,7 +48,7 @@ def memory(job: Job) -> Memory:
         "opt_state": 2 * size.moment * (shard if stage.shard_opt_state else whole),
         "batch": 4 * job.accumulate * job.micro_sequences * (job.seq + 1),
     }
-    found_moments = moments.moments(job)
+    found_moments = moments.moments(job, fused_attention=fused_attention)
     name = max(found_moments, key=lambda one: sum(found_moments[one].values()))
     return Memory(rest, {part: amount for part, amount in found_moments[name].items() if amount}, name)
 

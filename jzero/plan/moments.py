@@ -1,8 +1,8 @@
 """What is alive at the moments of a step that can be its peak: the closed form of temporaries.
 
-Read off the buffer assignments of compiled programs (docs/plan.md has the table). Three moments compete: the head's gradient,
-one layer's backward pass inside attention, and the update. What surprises is that the first two overlap: the compilers leave
-the head's weight gradient for later, so the gradient of the logits waits through the backward pass of the layers.
+Read off the buffer assignments and schedules of compiled programs (docs/log.md). Three moments compete: the head's gradient,
+one layer's backward pass inside attention, and the update. What surprises is that the first two overlap on GPUs: the compiler
+leaves the head's weight gradient for later, so the gradient of the logits waits through the backward pass of the layers.
 """
 
 from typing import NamedTuple
@@ -45,8 +45,8 @@ def elements(found: list[Leaf], num_shards: int) -> int:
     return sum(leaf.size * leaf.repeats // (num_shards if leaf.is_split(num_shards) else 1) for leaf in found)
 
 
-def moments(job: Job) -> dict[str, Moment]:
-    """Name -> what is alive then, at rest left out."""
+def moments(job: Job, *, fused_attention: bool = False) -> dict[str, Moment]:
+    """Name -> what is alive then, at rest left out. `fused_attention`: as if its kernel wrote no scores."""
     size, found, stage = sizes(job), leaves(job.config), stages.get(job.stage)
     layers, whole, shard = [leaf for leaf in found if leaf.repeats > 1], elements(found, 1), elements(found, job.data)
     scattered, gathered = stage.reduce == "use", job.stage == 3 and job.data > 1
@@ -55,17 +55,18 @@ def moments(job: Job) -> dict[str, Moment]:
 
     summed = size.accumulate * (shard if scattered else whole)
     always = {
-        "working copy": 0 if job.stage == 3 or _needs_no_copy(job, size) else size.compute * whole,
+        "working copy": _copied(job, size, whole, elements(layers, 1)),
         "sum of gradients": summed if job.accumulate > 1 else 0,
         "saved activations": job.micro_tokens * job.config.num_layers * saved(job, size),
-        "logits": size.compute * job.micro_tokens * (job.config.padded_vocab_size or job.config.vocab_size),
     }
-    head = {"head gathered": table if gathered else 0, "gradient of the head": table}
+    logits = size.compute * job.micro_tokens * (job.config.padded_vocab_size or job.config.vocab_size)
+    head = {"logits": logits, "head gathered": table if gathered else 0, "gradient of the head": table}
     backward = {
+        **({"logits": logits} if _head_waits(job) else {"gradient of the head": table}),
         "gathered parameters": 2 * one_layer if gathered else 0,
         "gradients": size.compute * (shard if scattered else elements(layers, 1)),
         "one layer's gradients": one_layer if scattered and job.data > 1 else 0,
-        "attention scores": scores(job, size),
+        "attention scores": fused(job) if fused_attention else scores(job, size),
         "one layer's activations": job.micro_tokens * worked(job, size),
     }
     update = {
@@ -94,9 +95,17 @@ def saved(job: Job, size: Sizes) -> int:
 def scores(job: Job, size: Sizes) -> int:
     """Attention's scores when most of them are alive: plain attention's backward pass, recomputed."""
     each = job.micro_sequences * job.config.num_heads * job.seq**2
-    if isinstance(job.config, GPT2Config) or size.compute == _FLOAT32:
+    if facts.is_tpu(job.parsed):
+        return (_FLOAT32 + size.compute) * each  # its fusions write the weights and their gradient, nothing between
+    if isinstance(job.config, GPT2Config):
         return 4 * size.compute * each
-    return (3 * size.compute + _FLOAT32) * each  # grouped heads: the softmax is written once more, in float32
+    # Grouped heads: the softmax in float32 is written too, where it is not one of the three already.
+    return (3 * size.compute + (_FLOAT32 if size.compute != _FLOAT32 else 0)) * each
+
+
+def fused(job: Job) -> int:
+    """What a fused kernel's backward pass has instead of scores: the query's gradient, summed in float32 (Dao, 2023)."""
+    return _FLOAT32 * job.micro_tokens * job.config.num_heads * job.config.head_dim
 
 
 def worked(job: Job, size: Sizes) -> int:
@@ -107,9 +116,18 @@ def worked(job: Job, size: Sizes) -> int:
     return (2 * config.ffn_dim + 8 * config.dim) * size.compute
 
 
-def _needs_no_copy(job: Job, size: Sizes) -> bool:
-    return size.compute == size.param and (job.stage == 0 or job.data == 1)
+def _head_waits(job: Job) -> bool:
+    """Whether the head's weight gradient is left for after the layers: on GPUs, but not inside a loop over microbatches that
+    reduces nothing, where the compiler orders for memory and not to hide collectives.
+    """
+    return not facts.is_tpu(job.parsed) and (job.accumulate == 1 or job.stage >= 2)
 
 
-def is_tpu(job: Job) -> bool:
-    return facts.is_tpu(job.parsed)
+def _copied(job: Job, size: Sizes, whole: int, layers: int) -> int:
+    """The parameters as the step works with them, where they are whole and not the ones at rest."""
+    if job.stage == 3 and job.data > 1:
+        return 0
+    if size.compute != size.param or (job.stage > 0 and job.data > 1):
+        return size.compute * whole
+    # Float32 products on a TPU are one pass in bfloat16: the weights are cast once, outside the loop over the layers.
+    return 2 * layers if facts.is_tpu(job.parsed) and size.compute == _FLOAT32 else 0

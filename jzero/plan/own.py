@@ -1,5 +1,6 @@
 """`jzero.plan`: what a user's own step would need on devices that are not there."""
 
+import math
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -111,10 +112,17 @@ def figures_of(step: ShardedStep, state: Any, batch: tuple[Any, ...]) -> dict[st
     try:
         return figures(step.report(state, *batch))
     except jax.errors.JaxRuntimeError as error:
-        found = refused.figures(str(error))
+        found = refused.figures(str(error), _resting_bytes(step, state))
         if found is None:
             raise
         return found
+
+
+def _resting_bytes(step: ShardedStep, state: Any) -> int:
+    """The state on one device."""
+    leaves, places = jax.tree.leaves(state), jax.tree.leaves(step.shardings(state))
+    arrays = [(leaf, place) for leaf, place in zip(leaves, places, strict=True) if hasattr(leaf, "dtype")]
+    return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in arrays)
 
 
 def _where(error: BaseException) -> str:

@@ -7,11 +7,12 @@ from jzero.plan.job import Job
 from jzero.plan.result import Plan
 from jzero.plan.room import usable_bytes
 from jzero.plan.times import times
+from jzero.report import human
 from jzero.topology import memory_bytes
 
 _GPU_ATTENTION = (
     "Compiled without a GPU, attention is XLA's own, which writes its scores; on the device cuDNN's is used for 16-bit "
-    "dtypes and writes none, so the run needs less than this plan says."
+    "dtypes and writes none: the closed form's peak is {peak} then."
 )
 
 
@@ -48,7 +49,8 @@ def plan_job(job: Job, *, compile_too: bool = True) -> Plan:
 
 
 def _notes(job: Job) -> list[str]:
-    notes = [] if facts.is_tpu(job.parsed) or job.precision == "fp32" else [_GPU_ATTENTION]
+    fused = human(closed.memory(job, fused_attention=True).peak_bytes)
+    notes = [] if facts.is_tpu(job.parsed) or job.precision == "fp32" else [_GPU_ATTENTION.format(peak=fused)]
     whole = [leaf.name for leaf in closed.leaves(job.config) if not leaf.is_split(job.data)]
     if whole and job.stage and job.data > 1:
         notes.append(f"data={job.data} divides no dim of {', '.join(whole)}: they stay whole on every device.")

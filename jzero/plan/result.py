@@ -88,9 +88,6 @@ class Plan:
         if parts:
             largest = [f"  {name}: {human(size)}" for name, size in list(parts.items())[:5]]
             lines += ["Largest parts, by the closed form:", *largest]
-        if buffers := (self.compiled or {}).get("largest", ()):
-            named = [f"  {one['shape']}: {human(one['bytes'])} {one['made_by']}" for one in buffers[:5]]
-            lines += ["Largest buffers, by the compiler, which refused the program:", *named]
         return [*lines, *self._ways_out()] if self.closed else lines
 
     def _ways_out(self) -> list[str]:

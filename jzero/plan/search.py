@@ -56,7 +56,7 @@ def search(
       tick: called with what is done, what there is to do at least, and a line of progress.
     """
     limit = usable_bytes(job.target)
-    every = [_row(one) for one in candidates(job, vary_batch=vary_batch)]
+    every = [row_of(one) for one in candidates(job, vary_batch=vary_batch)]
     fitting = sorted((row for row in every if row["peak_bytes"] <= limit), key=_order)
     shown = _pareto(fitting)[:_NUM_ROWS]
     _compile(shown, limit, compile_best, machine.num_compilers(memory_limit), tick)
@@ -113,7 +113,8 @@ def _name(job: dict[str, Any]) -> str:
     return f"stage {job['stage']}, mesh {job['mesh']}, remat {job['remat']}"
 
 
-def _row(job: Job) -> dict[str, Any]:
+def row_of(job: Job) -> dict[str, Any]:
+    """A candidate with what the closed form says of it."""
     timed = times(job)
     return {
         "job": job.to_dict(), "peak_bytes": closed.memory(job).peak_bytes, "compiled_peak_bytes": None, "step_s": timed.step_s,
