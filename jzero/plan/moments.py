@@ -55,7 +55,7 @@ def moments(job: Job, *, fused_attention: bool = False) -> dict[str, Moment]:
 
     summed = size.accumulate * (shard if scattered else whole)
     always = {
-        "working copy": _copied(job, size, whole, elements(layers, 1)),
+        "working copy": _copied(job, size, whole, shard, elements(layers, 1)),
         "sum of gradients": summed if job.accumulate > 1 else 0,
         "saved activations": job.micro_tokens * job.config.num_layers * saved(job, size),
     }
@@ -123,10 +123,10 @@ def _head_waits(job: Job) -> bool:
     return not facts.is_tpu(job.parsed) and (job.accumulate == 1 or job.stage >= 2)
 
 
-def _copied(job: Job, size: Sizes, whole: int, layers: int) -> int:
-    """The parameters as the step works with them, where they are whole and not the ones at rest."""
+def _copied(job: Job, size: Sizes, whole: int, shard: int, layers: int) -> int:
+    """The parameters as the step works with them, where they are not the ones at rest; at stage 3 what is gathered from."""
     if job.stage == 3 and job.data > 1:
-        return 0
+        return size.compute * shard if size.compute != size.param else 0
     if size.compute != size.param or (job.stage > 0 and job.data > 1):
         return size.compute * whole
     # Float32 products on a TPU are one pass in bfloat16: the weights are cast once, outside the loop over the layers.
