@@ -2,7 +2,7 @@
 
 import os
 
-# The largest process of the grid of benchmarks/plan_grid.py took 1.6 GB, Llama 405B for 4,096 devices more: docs/log.md.
+# The largest compiler measured took 1.7 GB (Llama 8B for 1,024 v5p chips, docs/log.md); twice that and some is safe.
 COMPILER_BYTES = 4 * 2**30
 _SHARE = 0.8  # of what is free
 
