@@ -169,6 +169,20 @@ def _bad_types(mesh: Mesh) -> str:
     return explain("jzero.shard", problem, found=found, context=f"mesh {describe(mesh)}", fix=fix)
 
 
+def parse(text: str, *, who: str) -> dict[str, int]:
+    """Axis sizes as a command line has them: `"data=4,replica=2"` -> {"data": 4, "replica": 2}. Names are not checked.
+
+    Raises:
+      ValueError: no axis=size, or a size that is not positive; `who` is the command that was given it.
+    """
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    wrong = [f"--mesh {text}: {''.join(pair)!r}" for pair in pairs if not pair[2].strip().isdigit() or int(pair[2]) < 1]
+    if wrong:
+        fix = "Write --mesh data=4,replica=2."
+        raise ValueError(explain(who, "a mesh is axis=size, comma-separated, sizes positive", found=wrong, fix=fix))
+    return {axis.strip(): int(size) for axis, _, size in pairs}
+
+
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
     """The axes that examples are split over: those of `replica` and `data` that the mesh has."""
     return tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)

@@ -51,9 +51,9 @@ class Report:
             [
                 f"Stage {self.stage}, {self.engine} engine, mesh {mesh}. Everything is per device.",
                 "\nBytes at rest",
-                _render(_figures(("role",), resting)),
+                render(_figures(("role",), resting)),
                 "Bytes on the wire, per step",
-                _render(_figures(("axis", "collective"), wires)),
+                render(_figures(("axis", "collective"), wires)),
                 f"Temporaries {human(self.temp_bytes)}, peak {human(self.peak_bytes)}{self._in_use()}",
                 self._compiled(),
                 *(["\nLargest temporaries at the peak", self.buffer_table(5).rstrip()] if self.peak_buffers else []),
@@ -77,7 +77,7 @@ class Report:
         for one in self.peak_buffers[:most]:
             made_at = one["source"].rsplit("/", 1)[-1] or one["op_name"] or one["instruction"]
             table.add_row(one["array"], one["role"], human(one["bytes"]), made_at)
-        return _render(table)
+        return render(table)
 
     def collective_table(self) -> str:
         """One row per collective of the program: what it moves, how often, for which parameter, and from which line."""
@@ -96,7 +96,7 @@ class Report:
                 source,
             )
             table.add_row(*cells)
-        return _render(table)
+        return render(table)
 
     def plot(self, path: str) -> None:
         """Write a picture: memory over the step by role, and traffic by mesh axis. The ending chooses the format.
@@ -116,7 +116,7 @@ class Report:
             size = human(leaf.get("bytes_per_device"))
             cells = (leaf.get("path", ""), array, leaf.get("role", ""), size, leaf.get("spec", ""), leaf.get("why", ""))
             table.add_row(*map(str, cells))
-        return _render(table)
+        return render(table)
 
 
 def human(num_bytes: float | None) -> str:
@@ -154,7 +154,7 @@ def _table(*left: str, right: tuple[str, ...] = (), last: tuple[str, ...] = ()) 
     return table
 
 
-def _render(table: Table) -> str:
+def render(table: Table) -> str:
     """A table as text without colours, whatever terminal there is."""
     console = Console(file=io.StringIO(), width=WIDTH, no_color=True, force_terminal=False, markup=False, emoji=False)
     with console.capture() as captured:

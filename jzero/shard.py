@@ -80,6 +80,11 @@ class ShardedStep:
     def stage(self) -> int:
         return self._options.stage.number
 
+    @property
+    def options(self) -> Options:
+        """What `jzero.shard` was asked for, checked; read-only. `jzero.plan` shards the same step for another mesh by it."""
+        return self._options
+
     def __call__(self, state: Any, *batch: Any) -> tuple[Any, Any]:
         program = self._recent.get(_signature(batch))
         if program is not None:

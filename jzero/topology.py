@@ -15,7 +15,7 @@ import jax
 from jax.experimental import topologies
 
 from jzero._errors import explain, suggest
-from jzero.topology_specs import ALIASES, GPUS, TPUS, GpuSpec, TpuSpec, target_config
+from jzero.topology_specs import ALIASES, GPUS, GRIDS, TPUS, GpuSpec, TpuSpec, target_config
 
 _EXAMPLES = "v5e:4x4, v5p:4x4x4, v5e:16x16*2 (two slices), h100:2x8 (hosts x devices per host)"
 _TARGET = re.compile(r"(?P<model>[a-z0-9-]+):(?P<grid>\d+(?:x\d+)*)(?:\*(?P<slices>\d+))?")
@@ -170,7 +170,8 @@ def _unknown(target: str, expected: str, fix: str) -> str:
 
 
 def _refused(target: str, message: str) -> str:
-    fix = f"Choose a grid that such a machine can have, for example {_EXAMPLES}."
+    grids = GRIDS.get(parse(target).model)
+    fix = f"Choose a grid that such a machine can have: {grids}." if grids else f"For example {_EXAMPLES}."
     return explain("jzero.topology", f"no such machine as {target!r}", found=[message], context=_versions(), fix=fix)
 
 

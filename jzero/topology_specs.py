@@ -41,6 +41,10 @@ TPUS = {
     "v6e": TpuSpec("v6e", 2, "default", 32 * GIB),
     "tpu7x": TpuSpec("tpu7x", 3, "default", 96 * GIB),  # 192 GB a chip, two devices a chip
 }
+# Grids that one slice can have (docs.cloud.google.com/tpu/docs, the pages of v5e and v5p): a list, or small ones and a rule.
+_PLANE = "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"
+_SPACE = "2x2x1, 2x2x2, 2x2x4, 2x4x4, or three multiples of 4 such as 4x4x4, 4x4x8, 8x8x16"
+GRIDS = {"v5e": _PLANE, "v6e": _PLANE, "v4": _SPACE, "v5p": _SPACE, "tpu7x": _SPACE}
 ALIASES = {"7x": "tpu7x", "v7x": "tpu7x", "v5litepod": "v5e", "trillium": "v6e", "ironwood": "tpu7x"}
 
 _HOPPER = {

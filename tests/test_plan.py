@@ -1,6 +1,7 @@
 """Plans: the closed form against real parameters and against figures that the compilers gave, and every way to ask for one."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,9 +14,10 @@ import pytest
 from fixtures.compilers import compilers as compilers
 
 import jzero
+from benchmarks import plan_grid
 from jzero import models
 from jzero.doctor.diagnosis import doctor, missing
-from jzero.plan import closed, compiled, facts, fit, search
+from jzero.plan import cache, closed, compiled, facts, fit, machine, refused, search
 from jzero.plan.job import count, make
 from jzero.plan.main import main
 from jzero.plan.planned import plan_job
@@ -25,19 +27,9 @@ from jzero.topology_specs import GPUS, TPUS
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
-# Compiled for H100s on 2026-11-21 with the vocabulary as published: model, target, stage, remat, seq, sequences per device,
-# temp bytes, wire bytes by kind in MB. The closed form pads the vocabulary to 128, which is 0.1% of GPT-2.
-COMPILED = [
-    ("gpt2-124m", "h100:1x8", 1, "none", 1024, 1, 1204902648, {"all-gather": 217.77, "reduce-scatter": 435.53}),
-    ("gpt2-124m", "h100:1x8", 3, "full", 1024, 1, 449358584, {"all-gather": 366.6, "reduce-scatter": 217.77}),
-    ("gpt2-124m", "h100:2x8", 3, "none", 1024, 4, 2802660344, {"all-gather": 392.64, "reduce-scatter": 233.32}),
-    ("gpt2-124m", "h100:2x8", 3, "full", 1024, 4, 1052212216, {"all-gather": 392.78, "reduce-scatter": 233.32}),
-    ("gpt2-124m", "h100:2x8", 0, "none", 1024, 1, 1102803028, {"all-reduce": 933.3}),
-    ("llama-1b", "h100:2x8", 0, "full", 2048, 1, 6237232256, {"all-reduce": 9268.61}),
-    ("llama-1b", "h100:2x8", 1, "full", 2048, 1, 6112000000, {"all-gather": 2317.15, "reduce-scatter": 4634.3}),
-    ("llama-1b", "h100:2x8", 2, "full", 2048, 1, 5355000000, {"all-gather": 2317.15, "reduce-scatter": 2317.15}),
-    ("llama-1b", "h100:2x8", 3, "full", 2048, 1, 2479171968, {"all-gather": 4141.8, "reduce-scatter": 2317.15}),
-]
+# What the compilers made of sixty configurations, as benchmarks/plan_grid.py stored it: measured, not copied by hand.
+GRID = json.loads(max((Path(__file__).parent.parent / "benchmarks" / "results").glob("*-plan-grid.json")).read_text())["rows"]
+COMPILED = {line: row for line, row in GRID.items() if "error" not in row}
 
 
 @pytest.mark.parametrize("name", models.PRESETS)
@@ -47,17 +39,20 @@ def test_shapes_are_those_of_the_model(name):
     assert closed.flops_per_token(model.config, 512) == pytest.approx(model.flops_per_token(512), rel=1e-12)
 
 
-@pytest.mark.parametrize(("model", "target", "stage", "remat", "seq", "each", "temp", "wire"), COMPILED)
-def test_closed_form_meets_the_compiler(model, target, stage, remat, seq, each, temp, wire):
-    devices = facts.num_devices(parse(target))
-    job = make(model, target, stage=stage, remat=remat, seq=seq, batch=devices * each)
-    need = closed.memory(job)
-    peak = temp + sum(need.at_rest.values())
-    # Llama: the promise. GPT-2 was compiled with its odd vocabulary, which the compiler pads in copies: the worst here is 12%.
-    assert abs(need.peak_bytes / peak - 1) < (0.10 if model.startswith("llama") else 0.15)
-    found = closed.wire(job)["data"]
-    for kind, megabytes in wire.items():
-        assert found[kind] / 1e6 == pytest.approx(megabytes, rel=2e-3)  # 0.1% is the padding of the vocabulary
+def test_closed_form_meets_the_compilers():
+    apart = {line: plan_grid.apart(line, row) for line, row in COMPILED.items()}
+    beyond = {line: by for line, by in apart.items() if abs(by) > plan_grid.TOLERANCE}
+    assert len(beyond) <= 0.1 * len(apart), beyond
+
+
+@pytest.mark.parametrize("line", COMPILED)
+def test_what_rests_and_what_moves_is_exact(line):
+    job = plan_grid.job_of(line)
+    need, found = closed.memory(job), closed.wire(job).get("data", {})
+    for role in ("params", "opt_state", "batch"):
+        assert need.at_rest[role] == pytest.approx(COMPILED[line]["at_rest"][role], abs=64)  # and the optimizer's count
+    for kind, size in COMPILED[line]["wire"].get("data", {}).items():
+        assert found.get(kind, 0) == pytest.approx(size, rel=2e-3, abs=1e6), kind  # and scalars: the loss, the norm
 
 
 def test_at_rest_is_the_table_of_stages():
@@ -101,7 +96,12 @@ def test_a_ring_over_hosts_is_as_fast_as_their_ports():
 def test_time_is_bounded_by_the_peak_and_falls_with_work():
     full, none = (times(make("llama-8b", "h100:8x8", remat=remat)) for remat in ("full", "none"))
     assert full.mfu < none.mfu <= facts.MATMUL_FRACTION
-    assert full.compute_s == pytest.approx(none.compute_s * 4 / 3)
+    job = make("llama-8b", "h100:8x8")
+    attention = 1 - closed.flops_per_token(job.config, 0) / closed.flops_per_token(job.config, job.seq)
+    # cuDNN computes half of attention's forward pass again; a whole forward pass comes on top under "full".
+    assert full.compute_s / none.compute_s == pytest.approx((1 + 1 / 3 + attention / 6) / (1 + attention / 6))
+    dots = times(make("llama-8b", "h100:8x8", remat="dots"))
+    assert none.compute_s < dots.compute_s < full.compute_s
 
 
 def test_what_does_not_fit_says_what_is_missing_and_what_would_help():
@@ -130,14 +130,88 @@ def test_search_keeps_the_front_and_writes_python():
     steps, peaks = ([row[key] for row in found["rows"]] for key in ("step_s", "peak_bytes"))
     assert steps == sorted(steps)
     assert peaks == sorted(peaks, reverse=True)
-    every = [search._row(one) for one in search.candidates(job)]
+    every = [search.row_of(one) for one in search.candidates(job)]
     fitting = [row for row in every if row["peak_bytes"] <= found_limit(job)]
     assert found["winner"]["step_s"] == min(row["step_s"] for row in fitting)
-    compile(search.python_of(found["winner"]["job"]), "pasted", "exec")
 
 
 def found_limit(job):
     return plan_job(job, compile_too=False).usable_bytes
+
+
+def test_the_winner_can_be_pasted(capsys):
+    job = make("gpt2-tiny", "h100:1x8", seq=32)
+    found = search.search(job, compile_best=0)["winner"]["job"]
+    pasted: dict = {}
+    exec(search.python_of(found), pasted)  # on the eight simulated devices of the tests
+    tokens = jnp.zeros((found["batch"], found["seq"] + 1), jnp.int32)
+    _, metrics = pasted["step"](pasted["state"], tokens)
+    assert jnp.isfinite(metrics["loss"])
+
+
+def test_search_varies_the_batch_if_none_is_given():
+    job = make("llama-1b", "h100:1x8", seq=2048)
+    every = list(search.candidates(job, vary_batch=True))
+    assert len({one.batch for one in every}) > 4
+    assert all(one.batch == one.micro_sequences * one.accumulate * 8 for one in every)
+    assert {one.batch for one in search.candidates(job)} == {job.batch}
+
+
+def test_prices(capsys):
+    assert search.dollars_per_1e9_tokens(3.6, 1000.0) == pytest.approx(1000.0)  # 0.001 dollars a second for 1,000 tokens
+    assert (
+        main(["--model", "llama-1b", "--target", "h100:1x8", "--seq", "2048", "--search", "--closed-form-only", "--price", "2"])
+        == 0
+    )
+
+
+def test_compilers_side_by_side_fit_the_memory():
+    assert machine.num_compilers(1) == 1
+    assert machine.num_compilers(machine.COMPILER_BYTES * 1000) == os.cpu_count()
+    assert machine.free_bytes() > 2**20
+
+
+def test_compiled_figures_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+
+    def answer(module, request, *, what):
+        asked.append(request)
+        return {"peak_bytes": 1}
+
+    monkeypatch.setattr(compiled, "ask", answer)
+    job = make("gpt2-tiny", "h100:1x2")
+    assert compiled.compile_job(job) == compiled.compile_job(job) == {"peak_bytes": 1}
+    assert len(asked) == 1
+    compiled.compile_job(job._replace(stage=1))
+    assert len(asked) == 2
+    next(cache.folder().glob("*.json")).write_text("{torn")
+    compiled.compile_job(job), compiled.compile_job(job._replace(stage=1))
+    assert len(asked) == 3
+
+
+def test_changes_are_compiled_until_one_fits(monkeypatch):
+    job = make("llama-8b", "a100-40:2x8", stage=0, seq=2048)
+    peaks = iter([10**12, 10**9, 0])
+    monkeypatch.setattr(compiled, "compile_job", lambda one: {"peak_bytes": next(peaks)})
+    wanted = fit.changes(job)
+    found = fit.compiled_changes(wanted, room=4 * 10**10)
+    assert found[0].flags == wanted[1].flags
+    assert found[0].compiled_peak_bytes == 10**9
+    assert wanted[0].flags not in [one.flags for one in found]
+
+
+# libtpu 0.0.51, llama-1b at stage 0 for v5e:4x4.
+REFUSAL = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    "(22.12G) exceeds available HBM (15.75G). HLO module: jit_step."
+)
+
+
+def test_a_refusal_for_size_is_an_answer():
+    found = refused.figures(REFUSAL, 10**9)
+    assert found["peak_bytes"] == int(22.12 * 2**30) + 10**9
+    assert refused.figures("INTERNAL: something else", 0) is None
 
 
 def test_search_replaces_a_winner_that_the_compiler_refutes(monkeypatch):
@@ -170,6 +244,8 @@ BAD = {
     "precision": (["--model", "llama-8b", "--target", "h100:1x8", "--precision", "bf61"], "Did you mean 'bf16'"),
     "length": (["--model", "gpt2-124m", "--target", "h100:1x8", "--seq", "2048"], "at most 1024 tokens"),
     "nothing": (["--target", "h100:1x8"], "one thing to plan"),
+    "price": (["--model", "llama-8b", "--target", "h100:1x8", "--price", "-1"], "amounts must be positive"),
+    "nothing to split": (["--model", "llama-8b", "--target", "h100:1x8", "--mesh", "data"], "a mesh is axis=size"),
     "file": (["nowhere.py:step", "--target", "h100:1x8"], "a file that exists"),
 }
 
@@ -225,6 +301,30 @@ def test_a_step_of_ones_own():
 
 
 @pytest.mark.compile
+def test_search_over_a_step_of_ones_own():
+    def step(w, x):
+        return w - 0.1 * jax.grad(lambda w: jnp.mean((x @ w) ** 2))(w), None
+
+    plan = jzero.plan(step, jnp.ones((64, 64)), jnp.ones((16, 64)), target="h100:2x8", search=True)
+    assert [row["stage"] for row in plan.search["rows"]] == [0, 1, 2, 3]
+    assert plan.search["winner"] == plan.job["stage"] == 0  # everything fits, and stage 0 moves least
+    json.dumps(plan.to_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_a_tpu_program_that_is_too_large_is_a_plan():
+    def step(w, x):
+        return w - 0.1 * jax.grad(lambda w: jnp.mean(jnp.sin(x @ w) ** 2))(w), None
+
+    w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8192, 8192), (2**22, 8192)))
+    plan = jzero.plan(step, w, x, target="v5e:2x2", stage=0)
+    assert not plan.fits
+    assert plan.missing_bytes > 2**30
+    assert "Does not fit" in str(plan)
+
+
+@pytest.mark.compile
 def test_a_step_of_jzero_keeps_its_stage_and_takes_a_key():
     train_step = jzero.make_train_step(lambda params, x: jnp.mean((x @ params["w"]) ** 2), optax.adam(1e-3))
     sharded = jzero.shard(train_step, stage=1)
@@ -239,7 +339,7 @@ def test_a_step_that_wants_a_value_is_explained():
     def step(w, x):
         return (w if x.sum() > 0 else -w), None
 
-    with pytest.raises(TypeError, match="looks at a value"):
+    with pytest.raises(TypeError, match=r"looks at a value.*\n.*test_plan.py:\d+ \(step\): return \(w if x.sum"):
         jzero.plan(step, jnp.ones((64, 64)), jnp.ones((16, 64)), target="h100:2x8")
 
 

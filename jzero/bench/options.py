@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jzero import mesh as meshes
 from jzero import precision as precisions
 from jzero import remat as remats
 from jzero import stages
@@ -85,13 +86,8 @@ def parse_stages(text: str) -> tuple[int, ...]:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`"data=4,replica=2"` -> {"data": 4, "replica": 2}."""
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    wrong = [f"--mesh {text}: {''.join(pair)!r}" for pair in pairs if not pair[2].strip().isdigit() or int(pair[2]) < 1]
-    if wrong:
-        fix = "Write --mesh data=4,replica=2."
-        raise ValueError(explain(WHO, "a mesh is axis=size, comma-separated, sizes positive", found=wrong, fix=fix))
-    mesh = {axis.strip(): int(size) for axis, _, size in pairs}
+    """`"data=4,replica=2"` -> {"data": 4, "replica": 2}, of the axes that the bench's models are split over."""
+    mesh = meshes.parse(text, who=WHO)
     unknown = [axis for axis in mesh if axis not in BATCH_AXES]
     if unknown:
         context = suggest(unknown[0], BATCH_AXES)

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from jzero._errors import explain
+from jzero.plan import cache
 from jzero.plan.job import WHO, Job
 from jzero.plan.result import Plan
 
@@ -15,14 +16,18 @@ class CannotCompile(RuntimeError):
     """The compiler of the target is missing or refused the program; the message says what to do."""
 
 
-def compile_job(job: Job) -> dict[str, Any]:
-    """The figures of `worker.measure`.
+def compile_job(job: Job, *, use_cache: bool = True) -> dict[str, Any]:
+    """The figures of `worker.measure`, from disk if these versions compiled this job before (`jzero.plan.cache`).
 
     Raises:
       CannotCompile: no compiler for the target (the message names the extra to install), or one that failed.
     """
     what = f"{job.model} at stage {job.stage} for {job.target}"
-    return ask("jzero.plan.worker", job.to_dict(), what=what)
+    found = cache.load(job.to_dict()) if use_cache else None
+    if found is None:
+        found = ask("jzero.plan.worker", job.to_dict(), what=what)
+        cache.store(job.to_dict(), found)
+    return found
 
 
 def plan_file(file: str, name: str, **asked: Any) -> Plan:

@@ -11,11 +11,12 @@ from jzero.topology import Target
 # What plain matrix products reach of the peak: 798 of 989 TFLOP/s on an H100, 788 on an H200 (bf16, 8192^3, jzero's own
 # measurements, docs/plan.md). The other devices have not been measured here and are given the same.
 MATMUL_FRACTION = 0.8
-# And wires: NCCL's all-gather on 8 H100s reaches 360 to 390 of 450 GB/s (How to Scale Your Model, chapter 12, 2025).
+# And wires: all-reduce on 8 H100s comes close to 370 of 450 GB/s (How to Scale Your Model, chapter 12).
 WIRE_FRACTION = 0.8
 
-_BOOK = "How to Scale Your Model (Austin et al., 2025), chapters 1 and 2"
-_CLOUD = "cloud.google.com/tpu/docs, system architecture pages"
+# Each number below was looked up in November 2026 on the page that is named; where none could be read, the source says so.
+_BOOK = "How to Scale Your Model (Austin et al., 2025, jax-ml.github.io/scaling-book)"
+_CLOUD = "docs.cloud.google.com/tpu/docs"
 
 
 class Facts(NamedTuple):
@@ -28,14 +29,14 @@ class Facts(NamedTuple):
     source: dict[str, str]  # field -> where it is from
 
 
-def _tpu(bf16: float, memory: float, link: float, network: float, *, cores: int = 1, pages: str = _CLOUD) -> Facts:
+def _tpu(bf16: float, memory: float, link: float, network: float, page: str, *, cores: int = 1, wide: str = "") -> Facts:
     """`cores`: JAX devices that share a chip's figures. Float32 matmuls run as one bf16 pass by default."""
     peak = {"bfloat16": bf16 / cores, "float16": bf16 / cores, "float32": bf16 / cores}
     source = {
-        "peak": f"{pages}; float32: jax's default matmul precision on TPU is one bf16 pass",
-        "memory_bandwidth": pages,
-        "link": _BOOK,
-        "network": f"{_BOOK}: data-centre network per chip",
+        "peak": f"{_CLOUD}/{page}; float32: jax's default matmul precision on TPU is one bf16 pass",
+        "memory_bandwidth": f"{_CLOUD}/{page}",
+        "link": f"{_BOOK}, chapter 2, TPU specs: ICI bandwidth per link, both directions",
+        "network": wide or f"{_CLOUD}/{page}: data center network bandwidth per chip",
     }
     return Facts(peak, memory / cores, link / cores, network / cores, source)
 
@@ -43,9 +44,9 @@ def _tpu(bf16: float, memory: float, link: float, network: float, *, cores: int 
 def _gpu(bf16: float, tf32: float, memory: float, link: float, network: float, sheet: str, nic: str) -> Facts:
     peak = {"bfloat16": bf16, "float16": bf16, "float32": tf32}
     source = {
-        "peak": f"NVIDIA {sheet} data sheet, dense; float32 as TF32, jax's default on GPU",
+        "peak": f"{sheet}; float32 as TF32, jax's default on GPU",
         "memory_bandwidth": "openxla/xla, xla/backends/gpu/target_config/specs",
-        "link": f"NVIDIA {sheet} data sheet: half of the total NVLink bandwidth",
+        "link": f"{_BOOK}, chapter 12: egress per GPU inside a node, half of the total NVLink bandwidth",
         "network": nic,
     }
     return Facts(peak, memory, link, network, source)
@@ -55,22 +56,26 @@ def _memory_bandwidth(model: str) -> float:
     return float(specs.GPUS[model].memory_bandwidth)
 
 
-_DGX_A100 = "DGX A100: one 200 Gb/s InfiniBand port per GPU"
-_DGX_H100 = "DGX H100 and H200, a3-mega, p5: 400 Gb/s per GPU"
-_DGX_B200 = "DGX B200: one 400 Gb/s port per GPU"
+_BOOK_DCN = f"{_BOOK}, chapter 2: data-centre network per TPU"
+_A100 = f"{_BOOK}, chapter 12: 3.1e14; the third digit and TF32 are the A100 data sheet's, not verified on its page"
+_HOPPER = f"{_BOOK}, chapter 12: 9.9e14; the third digit and TF32 are the H100 data sheet's, not verified on its page"
+_BLACKWELL = "NVIDIA Blackwell architecture brief, dense, as glennklockwood.com/garden/processors/B200 has it"
+_DGX_A100 = "DGX A100: one 200 Gb/s port per GPU (data sheet; not verified on a page)"
+_DGX_H100 = f"{_BOOK}, chapter 12: 400 GB/s per node of eight on a DGX SuperPod"
+_DGX_B200 = "DGX B200: one 400 Gb/s port per GPU (data sheet; not verified on a page)"
 
 FACTS: dict[str, Facts] = {
-    "v4": _tpu(275e12, 1228e9, 90e9, 6.25e9),
-    "v5e": _tpu(197e12, 819e9, 90e9, 3.125e9),
-    "v5p": _tpu(459e12, 2765e9, 180e9, 6.25e9),
-    "v6e": _tpu(918e12, 1640e9, 180e9, 12.5e9),
-    "tpu7x": _tpu(2307e12, 7380e9, 180e9, 12.5e9, cores=2),
-    "a100-40": _gpu(312e12, 156e12, _memory_bandwidth("a100-40"), 300e9, 25e9, "A100", _DGX_A100),
-    "a100-80": _gpu(312e12, 156e12, _memory_bandwidth("a100-80"), 300e9, 25e9, "A100", _DGX_A100),
-    "h100": _gpu(989.4e12, 494.7e12, _memory_bandwidth("h100"), 450e9, 50e9, "H100", _DGX_H100),
-    "h200": _gpu(989.4e12, 494.7e12, _memory_bandwidth("h200"), 450e9, 50e9, "H200", _DGX_H100),
-    "b200": _gpu(2250e12, 1125e12, _memory_bandwidth("b200"), 900e9, 50e9, "DGX B200", _DGX_B200),
-    "gb200": _gpu(2500e12, 1250e12, _memory_bandwidth("gb200"), 900e9, 50e9, "GB200 NVL72", _DGX_B200),
+    "v4": _tpu(275e12, 1200e9, 90e9, 6.25e9, "v4", wide=_BOOK_DCN),
+    "v5e": _tpu(197e12, 819e9, 90e9, 3.125e9, "v5e", wide=f"{_CLOUD}/v5e: two 100 Gb/s ports per host of eight chips"),
+    "v5p": _tpu(459e12, 2765e9, 180e9, 6.25e9, "v5p"),
+    "v6e": _tpu(918e12, 1638e9, 180e9, 12.5e9, "tpu7x", wide=f"{_CLOUD}/v6e: four 200 Gb/s ports per host of eight chips"),
+    "tpu7x": _tpu(2307e12, 7380e9, 180e9, 12.5e9, "tpu7x", cores=2, wide=_BOOK_DCN),
+    "a100-40": _gpu(312e12, 156e12, _memory_bandwidth("a100-40"), 300e9, 25e9, _A100, _DGX_A100),
+    "a100-80": _gpu(312e12, 156e12, _memory_bandwidth("a100-80"), 300e9, 25e9, _A100, _DGX_A100),
+    "h100": _gpu(989.4e12, 494.7e12, _memory_bandwidth("h100"), 450e9, 50e9, _HOPPER, _DGX_H100),
+    "h200": _gpu(989.4e12, 494.7e12, _memory_bandwidth("h200"), 450e9, 50e9, _HOPPER, _DGX_H100),
+    "b200": _gpu(2250e12, 1100e12, _memory_bandwidth("b200"), 900e9, 50e9, _BLACKWELL, _DGX_B200),
+    "gb200": _gpu(2500e12, 1250e12, _memory_bandwidth("gb200"), 900e9, 50e9, _BLACKWELL, _DGX_B200),
 }
 
 # TPUs whose torus closes only along a dim of 16 chips; the cubes of the others close along every multiple of four (same pages).

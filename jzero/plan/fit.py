@@ -1,9 +1,9 @@
 """What to do about a job that does not fit: the changes that would make it, each tried by the closed form and not guessed."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jzero.plan import closed
+from jzero.plan import closed, compiled
 from jzero.plan.job import Job
 from jzero.plan.room import usable_bytes
 from jzero.plan.times import times
@@ -15,13 +15,27 @@ class Change(NamedTuple):
     flags: str
     peak_bytes: int
     step_s: float
+    job: Job
+    compiled_peak_bytes: int | None = None  # where it was compiled too
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._asdict() | {"job": self.job.to_dict()}
 
 
 def changes(job: Job, *, room: int | None = None) -> list[Change]:
     """Settings that would make `job` fit, the fastest first; empty when none of those tried does."""
     limit = usable_bytes(job.target) if room is None else room
-    found = [Change(flags, closed.memory(one).peak_bytes, times(one).step_s) for flags, one in _variants(job)]
+    found = [Change(flags, closed.memory(one).peak_bytes, times(one).step_s, one) for flags, one in _variants(job)]
     return sorted((one for one in found if one.peak_bytes <= limit), key=lambda one: one.step_s)
+
+
+def compiled_changes(found: list[Change], *, room: int, most: int = 3) -> list[Change]:
+    """`found` with its first few compiled until one really fits; those that do not are left out."""
+    for number, change in enumerate(found[:most]):
+        peak = compiled.compile_job(change.job)["peak_bytes"]
+        if peak <= room:
+            return [change._replace(compiled_peak_bytes=peak), *found[number + 1 :]]
+    return found[most:]
 
 
 def _variants(job: Job) -> Iterator[tuple[str, Job]]:
@@ -46,8 +60,9 @@ def _meshes(job: Job) -> Iterator[tuple[str, Job]]:
 
 
 def _remats(job: Job) -> Iterator[tuple[str, Job]]:
-    if job.remat != "full":
-        yield "--remat full", job._replace(remat="full")
+    """What saves less."""
+    order = ("none", "dots", "full")
+    yield from ((f"--remat {remat}", job._replace(remat=remat)) for remat in order[order.index(job.remat) + 1 :])
 
 
 def _accumulations(job: Job) -> Iterator[tuple[str, Job]]:

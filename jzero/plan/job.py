@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import cache
 from typing import Any, NamedTuple
 
 from jzero import precision as precisions
@@ -33,8 +34,7 @@ class Job(NamedTuple):
 
     @property
     def config(self) -> ModelConfig:
-        config = preset(self.model)
-        return preset(self.model, padded_vocab_size=math.ceil(config.vocab_size / _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE)
+        return _padded(self.model)
 
     @property
     def parsed(self) -> Target:
@@ -63,6 +63,13 @@ class Job(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         return self._asdict()
+
+
+@cache
+def _padded(model: str) -> ModelConfig:
+    """The preset with its vocabulary padded; a search asks thousands of times."""
+    config = preset(model)
+    return preset(model, padded_vocab_size=math.ceil(config.vocab_size / _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE)
 
 
 def make(

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from jzero.plan.compiled import CannotCompile, plan_file
 from jzero.plan.job import Job, make
 from jzero.plan.options import Options, parse, split_step
 from jzero.plan.planned import plan_job
 from jzero.plan.result import Plan, rendered
-from jzero.plan.search import python_of, search
+from jzero.plan.search import dollars_per_1e9_tokens, python_of, search
 from jzero.report import human
 from jzero.topology import parse as parse_target
 
@@ -39,22 +39,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(options: Options) -> Plan:
     with _progress() as progress:
-        task = progress.add_task(f"planning for {options.target}")
+        task = progress.add_task(f"planning for {options.target}", total=1)
 
-        def tick(said: str) -> None:
-            progress.update(task, description=said)
+        def tick(done: int, total: int, said: str) -> None:
+            progress.update(task, completed=done, total=total, description=said)
 
         if options.step is not None:
             file, name = split_step(options.step)
-            tick(f"running {file}, then compiling for {options.target}")
+            tick(0, 1, f"running {file}, then compiling for {options.target}")
             asked: dict[str, Any] = {"target": options.target, "stage": options.stage, "mesh": options.mesh}
             return plan_file(str(file), name, **asked, search=options.search)
         job = job_of(options)
         if options.search:
             return _searched(job, options, tick)
         if not options.closed_form_only:
-            tick(f"compiling {job.model} for {job.target}")
-        return plan_job(job, compile_too=not options.closed_form_only)
+            tick(0, 1, f"compiling {job.model} for {job.target}")
+        return _priced(plan_job(job, compile_too=not options.closed_form_only), options)
 
 
 def job_of(options: Options) -> Job:
@@ -67,11 +67,28 @@ def job_of(options: Options) -> Job:
 
 
 def _searched(job: Job, options: Options, tick: Any) -> Plan:
-    found = search(job, compile_best=0 if options.closed_form_only else options.compile_best, tick=tick)
+    found = search(
+        job,
+        compile_best=0 if options.closed_form_only else options.compile_best,
+        vary_batch=options.batch is None and options.tokens_per_batch is None,
+        memory_limit=None if options.memory_limit is None else int(options.memory_limit * 1e9),
+        tick=tick,
+    )
     winner = found["winner"]
     best = Job(**winner["job"]) if winner else job
-    plan = plan_job(best, compile_too=False)
-    return replace(plan, search=found | ({"python": python_of(winner["job"])} if winner else {}))
+    plan = plan_job(best, compile_too=bool(winner and winner["compiled_peak_bytes"]))  # from the cache, then
+    if options.price is not None:
+        for row in found["rows"]:
+            row["dollars_per_1e9_tokens"] = dollars_per_1e9_tokens(options.price, row["tokens_per_s_per_device"])
+    python = {"python": python_of(winner["job"])} if winner else {}
+    return _priced(replace(plan, search=found | python), options)
+
+
+def _priced(plan: Plan, options: Options) -> Plan:
+    if options.price is None or plan.time is None:
+        return plan
+    dollars = dollars_per_1e9_tokens(options.price, plan.time["tokens_per_s_per_device"])
+    return replace(plan, time={**plan.time, "dollars_per_1e9_tokens": dollars})
 
 
 def search_table(found: dict[str, Any] | Any) -> str:
@@ -86,19 +103,27 @@ def search_table(found: dict[str, Any] | Any) -> str:
     head = (
         f"\n{found['num_candidates']} candidates, {found['num_fitting']} fit by the closed form. The fastest, and smaller ones:"
     )
-    names = ("stage", "mesh", "accumulate", "remat", "step", "tokens/s", "MFU", "peak, closed", "compiled")
+    priced = ("$/1e9 tokens",) if found["rows"] and "dollars_per_1e9_tokens" in found["rows"][0] else ()
+    names = ("stage", "mesh", "sequences", "k", "remat", "step", "tokens/s", "MFU", *priced, "peak, closed", "compiled")
     return "\n".join([head, rendered(names, rows), found.get("python", "Nothing fits.")])
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     job = row["job"]
     mesh = " ".join(f"{axis}={size}" for axis, size in job["mesh"].items())
-    rates = (f"{row['step_s']:.3g} s", f"{row['tokens_per_s_per_device']:,.0f}", f"{row['mfu']:.1%}")
+    rates = [f"{row['step_s']:.3g} s", f"{row['tokens_per_s_per_device']:,.0f}", f"{row['mfu']:.1%}"]
+    rates += [f"{row['dollars_per_1e9_tokens']:,.0f}"] if "dollars_per_1e9_tokens" in row else []
     peaks = (human(row["peak_bytes"]), human(row["compiled_peak_bytes"]))
-    return (str(job["stage"]), mesh, str(job["accumulate"]), job["remat"], *rates, *peaks)
+    return (str(job["stage"]), mesh, str(Job(**job).micro_sequences), str(job["accumulate"]), job["remat"], *rates, *peaks)
 
 
 def _progress() -> Progress:
     return Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True), transient=True
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
     )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jzero import mesh as meshes
 from jzero._errors import explain
 from jzero.plan.job import WHO, count
 
@@ -28,6 +29,8 @@ class Options(NamedTuple):
     closed_form_only: bool
     search: bool
     compile_best: int
+    price: float | None
+    memory_limit: float | None
     json: str | None
 
 
@@ -39,7 +42,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
       SystemExit: `--help`, or words that argparse does not know.
     """
     asked = vars(_parser().parse_args(argv))
-    asked["mesh"] = parse_mesh(asked["mesh"])
+    asked["mesh"] = meshes.parse(asked["mesh"], who=WHO)
     for name in ("seq", "tokens_per_batch"):
         asked[name] = None if asked[name] is None else count(asked[name])
     options = Options(**asked)
@@ -52,6 +55,10 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         )
     if options.step is not None:
         split_step(options.step)
+    amounts = {"--price": options.price, "--memory-limit": options.memory_limit, "--compile-best": options.compile_best + 1}
+    wrong = [f"{name} {amount}" for name, amount in amounts.items() if amount is not None and not 0 < amount < float("inf")]
+    if wrong:
+        raise ValueError(explain(WHO, "amounts must be positive", found=wrong, fix="Leave them out to get the defaults."))
     return options
 
 
@@ -62,16 +69,6 @@ def split_step(words: str) -> tuple[Path, str]:
         problem, fix = "FILE.py:NAME, a file that exists and a name in it", "For example examples/dict.py:step."
         raise ValueError(explain(WHO, problem, found=[f"{words!r}"], fix=fix))
     return Path(file), name
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """`"data=4,replica=2"` -> {"data": 4, "replica": 2}."""
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    wrong = [f"--mesh {text}: {''.join(pair)!r}" for pair in pairs if not pair[2].strip().isdigit() or int(pair[2]) < 1]
-    if wrong:
-        fix = "Write --mesh data=4,replica=2."
-        raise ValueError(explain(WHO, "a mesh is axis=size, comma-separated, sizes positive", found=wrong, fix=fix))
-    return {axis.strip(): int(size) for axis, _, size in pairs}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,7 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--accumulate", type=int, default=1, help="microbatches per step")
     add("--remat", default="full", help="none, full or dots: what the backward pass computes again, per layer")
     add("--closed-form-only", action="store_true", help="compile nothing: an answer within a second")
-    add("--search", action="store_true", help="try stage, mesh, accumulate and remat; compile the best few")
+    add("--search", action="store_true", help="try stage, mesh, microbatch, accumulate and remat; compile the best few")
     add("--compile-best", type=int, default=2, help="how many candidates of a search to compile")
+    add("--price", type=float, help="dollars per device and hour: adds dollars per 1e9 tokens")
+    add(
+        "--memory-limit",
+        type=float,
+        metavar="GB",
+        help="this machine's, for the compilers; default most of what is free",
+    )
     add("--json", metavar="FILE", help="write the plan")
     return parser

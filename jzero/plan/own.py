@@ -1,6 +1,9 @@
 """`jzero.plan`: what a user's own step would need on devices that are not there."""
 
+import math
+import traceback
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +11,7 @@ import numpy as np
 
 from jzero._errors import explain
 from jzero.mesh import describe, make_mesh
+from jzero.plan import refused
 from jzero.plan.result import Plan
 from jzero.plan.room import usable_bytes
 from jzero.report import Report
@@ -15,6 +19,11 @@ from jzero.shard import ShardedStep, shard
 from jzero.topology import memory_bytes, topology
 
 WHO = "jzero.plan"
+_LIBRARIES = (str(Path(jax.__file__).parent), str(Path(__file__).resolve().parent.parent))  # jax and jzero
+_WANTS_A_VALUE = (
+    jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError, jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)  # fmt: skip
 DEFAULT_STAGE = 3
 
 
@@ -68,7 +77,7 @@ def _on_mesh(step: Any, mesh: jax.sharding.Mesh, stage: int | None) -> ShardedSt
             fix = "Pass a ShardedStep, a TrainStep or fn(state, *batch) -> (state, aux)."
             raise TypeError(explain(WHO, "the step must be callable", found=[f"got {type(step).__name__}"], fix=fix))
         return shard(step, stage=DEFAULT_STAGE if stage is None else stage, mesh=mesh, strict=False)
-    kept = step._options
+    kept = step.options
     return shard(
         step.fn, stage=kept.stage.number if stage is None else stage, mesh=mesh, params=kept.params, rules=kept.rules,
         remat=kept.remat, min_shard_elements=kept.min_shard_elements, on_indivisible=kept.on_indivisible, donate=kept.donate,
@@ -79,9 +88,9 @@ def _on_mesh(step: Any, mesh: jax.sharding.Mesh, stage: int | None) -> ShardedSt
 def _plan_one(step: ShardedStep, state: Any, batch: tuple[Any, ...], target: str) -> Plan:
     shapes = abstract(batch)
     try:
-        report = step.report(abstract(state), *shapes)
-    except jax.errors.ConcretizationTypeError as error:
-        line = str(error).splitlines()[0]
+        found = figures_of(step, abstract(state), shapes)
+    except _WANTS_A_VALUE as error:
+        line = f"{_where(error)}: {str(error).splitlines()[0]}"
         fix = "Decide it outside the step, or with jnp.where, lax.cond or a static argument."
         context = f"mesh {describe(step.mesh)}; {target}"
         raise TypeError(
@@ -94,8 +103,36 @@ def _plan_one(step: ShardedStep, state: Any, batch: tuple[Any, ...], target: str
         target=target,
         device_bytes=memory_bytes(target),
         usable_bytes=usable_bytes(target),
-        compiled=figures(report),
+        compiled=found,
     )
+
+
+def figures_of(step: ShardedStep, state: Any, batch: tuple[Any, ...]) -> dict[str, Any]:
+    """A step's figures, compiled and not run; a program that its compiler finds too large has figures too (`refused`)."""
+    try:
+        return figures(step.report(state, *batch))
+    except jax.errors.JaxRuntimeError as error:
+        found = refused.figures(str(error), _resting_bytes(step, state))
+        if found is None:
+            raise
+        return found
+
+
+def _resting_bytes(step: ShardedStep, state: Any) -> int:
+    """The state on one device."""
+    leaves, places = jax.tree.leaves(state), jax.tree.leaves(step.shardings(state))
+    arrays = [(leaf, place) for leaf, place in zip(leaves, places, strict=True) if hasattr(leaf, "dtype")]
+    return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in arrays)
+
+
+def _where(error: BaseException) -> str:
+    """`train.py:41 (step)`: the user's line that the error came from."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
+    return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].name}): {frames[-1].line}" if frames else "the step"
+
+
+def _is_library(file: str) -> bool:
+    return any(part in file for part in _LIBRARIES) or "site-packages" in file or file.startswith("<")
 
 
 def figures(report: Report) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from jzero.plan.job import Job
 from jzero.plan.result import Plan
 from jzero.plan.room import usable_bytes
 from jzero.plan.times import times
+from jzero.report import human
 from jzero.topology import memory_bytes
 
 _GPU_ATTENTION = (
     "Compiled without a GPU, attention is XLA's own, which writes its scores; on the device cuDNN's is used for 16-bit "
-    "dtypes and writes none, so the run needs less than this plan says."
+    "dtypes and writes none: the closed form's peak is {peak} then."
 )
 
 
@@ -31,7 +32,9 @@ def plan_job(job: Job, *, compile_too: bool = True) -> Plan:
     fits = (measured or figures)["peak_bytes"] <= room
     # Where the compiled program is larger than the closed form said, a change must win that much more.
     allowed = room - max(0, measured["peak_bytes"] - need.peak_bytes) if measured else room
-    ways = [] if fits else [one._asdict() for one in fit.changes(job, room=allowed)]
+    ways = [] if fits else fit.changes(job, room=allowed)
+    if measured:
+        ways = fit.compiled_changes(ways, room=room)
     return Plan(
         job=job.to_dict(),
         target=job.target,
@@ -40,13 +43,14 @@ def plan_job(job: Job, *, compile_too: bool = True) -> Plan:
         closed=figures,
         compiled=measured,
         time=times(job)._asdict(),
-        changes=ways,
+        changes=[one.to_dict() for one in ways],
         notes=_notes(job),
     )
 
 
 def _notes(job: Job) -> list[str]:
-    notes = [] if facts.is_tpu(job.parsed) or job.precision == "fp32" else [_GPU_ATTENTION]
+    fused = human(closed.memory(job, fused_attention=True).peak_bytes)
+    notes = [] if facts.is_tpu(job.parsed) or job.precision == "fp32" else [_GPU_ATTENTION.format(peak=fused)]
     whole = [leaf.name for leaf in closed.leaves(job.config) if not leaf.is_split(job.data)]
     if whole and job.stage and job.data > 1:
         notes.append(f"data={job.data} divides no dim of {', '.join(whole)}: they stay whole on every device.")

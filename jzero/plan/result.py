@@ -1,16 +1,14 @@
 """A plan as a value: what a run would need, closed form and compiled side by side. `print` it, or take `to_dict()`."""
 
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from jzero.report import WIDTH, human
+from jzero.report import WIDTH, human, render
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +62,12 @@ class Plan:
             for role in _keys(closed.get("at_rest"), compiled.get("at_rest"))
         ]
         rows += [(name, closed.get(f"{key}_bytes"), compiled.get(f"{key}_bytes")) for name, key in _TOTALS]
-        return ["Memory", _render(_table("", rows))]
+        return ["Memory", render(_table("", rows))]
 
     def _traffic(self) -> list[str]:
         closed, compiled = _flat(self.closed), _flat(self.compiled)
         rows = [(name, closed.get(name), compiled.get(name)) for name in _keys(closed, compiled)]
-        return ["Wire, per step", _render(_table("axis and collective", rows))] if rows else ["Wire: nothing moves.\n"]
+        return ["Wire, per step", render(_table("axis and collective", rows))] if rows else ["Wire: nothing moves.\n"]
 
     def _speed(self) -> list[str]:
         if not self.time:
@@ -78,28 +76,35 @@ class Plan:
         wires = "".join(f", wire over {axis} {_seconds(value)}" for axis, value in time["wire_s"].items())
         parts = f"compute {_seconds(time['compute_s'])}{wires}, update {_seconds(time['update_s'])}"
         rate = f"{time['tokens_per_s_per_device']:,.0f} tokens/s, MFU {time['mfu']:.1%}, bound by {time['bound']}"
-        return [f"Time (closed form, a good run): {_seconds(time['step_s'])} a step; {rate}", f"  {parts}\n"]
+        price = [f"  ${time['dollars_per_1e9_tokens']:,.0f} per 1e9 tokens"] if "dollars_per_1e9_tokens" in time else []
+        return [f"Time (closed form, a good run): {_seconds(time['step_s'])} a step; {rate}", f"  {parts}", *price, ""]
 
     def _verdict(self) -> list[str]:
         room = f"{human(self.peak_bytes)} of {human(self.usable_bytes)} that a program can have of {human(self.device_bytes)}"
         if self.fits:
             return [f"Fits: {room}."]
-        parts = (self.closed or {}).get("parts", {})
-        largest = [f"  {name}: {human(size)}" for name, size in list(parts.items())[:5]]
         lines = [f"Does not fit: {human(self.missing_bytes)} missing ({room})."]
-        lines += ["Largest parts, by the closed form:", *largest] if largest else []
+        parts = (self.closed or {}).get("parts", {})
+        if parts:
+            largest = [f"  {name}: {human(size)}" for name, size in list(parts.items())[:5]]
+            lines += ["Largest parts, by the closed form:", *largest]
         return [*lines, *self._ways_out()] if self.closed else lines
 
     def _ways_out(self) -> list[str]:
         if not self.changes:
             return ["No single or double change of stage, mesh, remat or accumulate makes it fit: use more or larger devices."]
-        tried = [f"  {one['flags']}: {human(one['peak_bytes'])}, {_seconds(one['step_s'])} a step" for one in self.changes[:4]]
-        return ["Would fit, by the closed form:", *tried]
+        return ["Would fit:", *(f"  {_change(one)}" for one in self.changes[:4])]
 
     def _lines(self) -> list[str]:
         findings = list((self.compiled or {}).get("findings", ()))
         said = [textwrap.fill(line, WIDTH, initial_indent="- ", subsequent_indent="  ") for line in [*self.notes, *findings]]
         return ["", *said] if said else []
+
+
+def _change(one: Mapping[str, Any]) -> str:
+    measured = one.get("compiled_peak_bytes")
+    peak = f"{human(measured)}, compiled" if measured else f"{human(one['peak_bytes'])}, by the closed form"
+    return f"{one['flags']}: {peak}, {_seconds(one['step_s'])} a step"
 
 
 _TOTALS = (("temporaries", "temp"), ("peak", "peak"))
@@ -132,15 +137,7 @@ def rendered(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         table.add_column(name, no_wrap=True, justify="right")
     for row in rows:
         table.add_row(*row)
-    return _render(table)
-
-
-def _render(table: Table) -> str:
-    """A table as text without colours, whatever terminal there is."""
-    console = Console(file=io.StringIO(), width=WIDTH, no_color=True, force_terminal=False, markup=False, emoji=False)
-    with console.capture() as captured:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+    return render(table)
 
 
 def _seconds(value: float) -> str:

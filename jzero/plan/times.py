@@ -8,7 +8,10 @@ from jzero import precision as precisions
 from jzero.plan import closed, facts
 from jzero.plan.job import Job
 
-_RECOMPUTED = {"none": 0.0, "dots": 1.0, "full": 1.0}  # of the forward pass, a third of both; "dots": see `closed._units`
+# Of the forward pass (a third of the model's FLOPs) what the backward pass computes again: weights' products, attention.
+# Attention's scores are never saved (`jzero.models.layers.attend`); cuDNN's kernel needs half of its forward pass to have them.
+_RECOMPUTED = {"none": (0.0, 0.0), "dots": (0.0, 1.0), "full": (1.0, 1.0)}
+_SCORES_AGAIN = {"plain": 1.0, "cudnn": 0.5}
 _UPDATE_BYTES = 28  # fp32 AdamW: reads parameter, gradient and two moments, writes three
 
 
@@ -32,9 +35,9 @@ def times(job: Job) -> Times:
     """
     device = facts.FACTS[job.parsed.model]
     tokens = job.batch * job.seq / job.num_devices
-    useful = closed.flops_per_token(job.config, job.seq) * tokens
+    useful, again = closed.flops_per_token(job.config, job.seq) * tokens, _recomputed(job) * tokens
     peak = device.peak[jnp.dtype(precisions.get(job.precision).compute).name]
-    compute_s = useful * (1 + _RECOMPUTED[job.remat] / 3) / (peak * facts.MATMUL_FRACTION)
+    compute_s = (useful + again) / (peak * facts.MATMUL_FRACTION)
     wires = {axis: sum(kinds.values()) / _bandwidth(job, axis) for axis, kinds in closed.wire(job).items()}
     rested = closed.memory(job).at_rest
     update_s = (rested["params"] + rested["opt_state"]) / 12 * _UPDATE_BYTES / device.memory_bandwidth
@@ -43,6 +46,14 @@ def times(job: Job) -> Times:
     step_s = (max(compute_s, wire_s) if hidden else compute_s + wire_s) + update_s
     bound = "compute" if compute_s >= wire_s else "wire"
     return Times(compute_s, wires, update_s, step_s, tokens / step_s, useful / step_s / peak, bound)
+
+
+def _recomputed(job: Job) -> float:
+    """FLOPs per token that no formula of a model counts."""
+    whole, products = closed.flops_per_token(job.config, job.seq), closed.flops_per_token(job.config, 0)
+    of_products, of_attention = _RECOMPUTED[job.remat]
+    fused = not facts.is_tpu(job.parsed) and jnp.dtype(precisions.get(job.precision).compute).itemsize == 2
+    return (of_products * products + (of_attention + _SCORES_AGAIN["cudnn" if fused else "plain"]) * (whole - products)) / 3
 
 
 def _bandwidth(job: Job, axis: str) -> float:

@@ -1,0 +1,133 @@
+"""What is alive at the moments of a step that can be its peak: the closed form of temporaries.
+
+Read off the buffer assignments and schedules of compiled programs (docs/log.md). Three moments compete: the head's gradient,
+one layer's backward pass inside attention, and the update. What surprises is that the first two overlap on GPUs: the compiler
+leaves the head's weight gradient for later, so the gradient of the logits waits through the backward pass of the layers.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from jzero import precision as precisions
+from jzero import stages
+from jzero.models import GPT2Config
+from jzero.plan import facts
+from jzero.plan.job import Job
+from jzero.plan.shapes import Leaf, leaves
+
+Moment = dict[str, int]  # part -> bytes per device
+
+_FLOAT32 = 4
+_TABLES = ("wte", "lm_head")
+
+
+class Sizes(NamedTuple):
+    """Bytes per element of what the formulas are made of."""
+
+    compute: int
+    param: int
+    moment: int
+    accumulate: int
+    reduce: int
+    reduce_once: int
+
+
+def sizes(job: Job) -> Sizes:
+    """From the job's precision policy."""
+    policy = precisions.get(job.precision)
+    fields = (policy.compute, policy.param, policy.moments, policy.accumulate, policy.reduce, policy.reduce_once)
+    return Sizes(*(jnp.dtype(one).itemsize for one in fields))
+
+
+def elements(found: list[Leaf], num_shards: int) -> int:
+    """On one device, when the leaves that can be split are."""
+    return sum(leaf.size * leaf.repeats // (num_shards if leaf.is_split(num_shards) else 1) for leaf in found)
+
+
+def moments(job: Job, *, fused_attention: bool = False) -> dict[str, Moment]:
+    """Name -> what is alive then, at rest left out. `fused_attention`: as if its kernel wrote no scores."""
+    size, found, stage = sizes(job), leaves(job.config), stages.get(job.stage)
+    layers, whole, shard = [leaf for leaf in found if leaf.repeats > 1], elements(found, 1), elements(found, job.data)
+    scattered, gathered = stage.reduce == "use", job.stage == 3 and job.data > 1
+    table = size.compute * max(leaf.size for leaf in found if leaf.name in _TABLES)
+    one_layer = size.compute * sum(leaf.size for leaf in layers)
+
+    summed = size.accumulate * (shard if scattered else whole)
+    always = {
+        "working copy": _copied(job, size, whole, shard, elements(layers, 1)),
+        "sum of gradients": summed if job.accumulate > 1 else 0,
+        "saved activations": job.micro_tokens * job.config.num_layers * saved(job, size),
+    }
+    logits = size.compute * job.micro_tokens * (job.config.padded_vocab_size or job.config.vocab_size)
+    head = {"logits": logits, "head gathered": table if gathered else 0, "gradient of the head": table}
+    backward = {
+        **({"logits": logits} if _head_waits(job) else {"gradient of the head": table}),
+        "gathered parameters": 2 * one_layer if gathered else 0,
+        "gradients": size.compute * (shard if scattered else elements(layers, 1)),
+        "one layer's gradients": one_layer if scattered and job.data > 1 else 0,
+        "attention scores": fused(job) if fused_attention else scores(job, size),
+        "one layer's activations": job.micro_tokens * worked(job, size),
+    }
+    update = {
+        "gradients": summed,
+        "largest leaf": size.accumulate * max(one.size * one.repeats for one in found) // (job.data if scattered else 1),
+    }
+    return {"head": always | head, "backward": always | backward, "update": update}
+
+
+def saved(job: Job, size: Sizes) -> int:
+    """Bytes per token and layer that the forward pass leaves for the backward pass.
+
+    "full": the residual stream. "dots": that and the results of the weights' products. "none": everything, of which
+    the norms keep float32.
+    """
+    config, compute = job.config, size.compute
+    dim = config.dim
+    if isinstance(config, GPT2Config):
+        return {"full": dim * compute, "dots": 9 * dim * compute, "none": 14 * dim * compute + 6 * dim * _FLOAT32}[job.remat]
+    heads, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+    dots = 2 * dim + heads + kv + 2 * config.ffn_dim
+    everything = 2 * heads + 2 * kv + 3 * config.ffn_dim + 4 * dim
+    return {"full": dim * compute, "dots": dots * compute, "none": everything * compute + 4 * dim * _FLOAT32}[job.remat]
+
+
+def scores(job: Job, size: Sizes) -> int:
+    """Attention's scores when most of them are alive: plain attention's backward pass, recomputed."""
+    each = job.micro_sequences * job.config.num_heads * job.seq**2
+    if facts.is_tpu(job.parsed):
+        return (_FLOAT32 + size.compute) * each  # its fusions write the weights and their gradient, nothing between
+    if isinstance(job.config, GPT2Config):
+        return 4 * size.compute * each
+    # Grouped heads: the softmax in float32 is written too, where it is not one of the three already.
+    return (3 * size.compute + (_FLOAT32 if size.compute != _FLOAT32 else 0)) * each
+
+
+def fused(job: Job) -> int:
+    """What a fused kernel's backward pass has instead of scores: the query's gradient, summed in float32 (Dao, 2023)."""
+    return _FLOAT32 * job.micro_tokens * job.config.num_heads * job.config.head_dim
+
+
+def worked(job: Job, size: Sizes) -> int:
+    """Bytes per token of one layer's backward pass, its scores apart."""
+    config = job.config
+    if isinstance(config, GPT2Config):
+        return 16 * config.dim * size.compute
+    return (2 * config.ffn_dim + 8 * config.dim) * size.compute
+
+
+def _head_waits(job: Job) -> bool:
+    """Whether the head's weight gradient is left for after the layers: on GPUs, but not inside a loop over microbatches that
+    reduces nothing, where the compiler orders for memory and not to hide collectives.
+    """
+    return not facts.is_tpu(job.parsed) and (job.accumulate == 1 or job.stage >= 2)
+
+
+def _copied(job: Job, size: Sizes, whole: int, shard: int, layers: int) -> int:
+    """The parameters as the step works with them, where they are not the ones at rest; at stage 3 what is gathered from."""
+    if job.stage == 3 and job.data > 1:
+        return size.compute * shard if size.compute != size.param else 0
+    if size.compute != size.param or (job.stage > 0 and job.data > 1):
+        return size.compute * whole
+    # Float32 products on a TPU are one pass in bfloat16: the weights are cast once, outside the loop over the layers.
+    return 2 * layers if facts.is_tpu(job.parsed) and size.compute == _FLOAT32 else 0
