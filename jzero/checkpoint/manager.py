@@ -24,7 +24,8 @@ class _Best(NamedTuple):
 class CheckpointManager:
     """Checkpoints of one run in one folder, a subfolder each: `path/500`, `path/1000`.
 
-    Nothing is written or made until the first `save`; restoring needs no permission to write.
+    Nothing is written or made until the first `save`; restoring needs no permission to write. `restored` is the number of the
+    checkpoint that `restore` read last, None before.
 
     Args:
       path: a local folder, or any path that Orbax reads (`gs://...`).
@@ -54,7 +55,7 @@ class CheckpointManager:
         self._every, self._keep, self._best, self._step = every, keep, _best(best), step
         self._orbax: ocp.CheckpointManager | None = None
         self._written: set[int] = set()  # by this manager, so a second save of one step is the same state
-        self._restored: int | None = None
+        self.restored: int | None = None  # the number that `restore` read last
 
     def save(self, i: int, state: Any, data: Any = None, force: bool = False, *, metrics: dict[str, Any] | None = None) -> bool:
         """Save `state` as checkpoint `i`, in the background; whether it was due.
@@ -120,7 +121,7 @@ class CheckpointManager:
                     raise
                 warnings.warn(f"{error}\nFalling back from checkpoint {number} to {older[-1]}.", stacklevel=2)
                 number = older[-1]
-        self._step, self._restored = step, number
+        self._step, self.restored = step, number
         positions = None if weights_only else found.notes.get("data")
         return state, None if positions is None else position.set_position(data, position.own(positions))
 
@@ -160,9 +161,9 @@ class CheckpointManager:
         """A run that went back to an older checkpoint writes the later ones again; nobody else overwrites."""
         if i not in self.steps():
             return
-        if self._restored is None or i <= self._restored:
+        if self.restored is None or i <= self.restored:
             fix = "Restore first and go on from there, or use a folder of its own for every run."
-            context = f"restored here: {self._restored}; steps there: {', '.join(map(str, self.steps()))}"
+            context = f"restored here: {self.restored}; steps there: {', '.join(map(str, self.steps()))}"
             problem = f"checkpoint {i} exists, and this run did not write it"
             raise FileExistsError(explain(f"{WHO}: save", problem, found=[str(self.path / str(i))], context=context, fix=fix))
         self.wait()
