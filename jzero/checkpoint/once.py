@@ -29,8 +29,11 @@ def save(path: Any, state: Any, *, step: ShardedStep | None = None) -> None:
     writing.check_writable(where.parent)
     items = writing.items(state, step=step)
     handler = ocp.CompositeCheckpointHandler(state=checksums.Handler(), jzero=ocp.JsonCheckpointHandler())
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(where, args=items, force=where.exists())  # force: an empty folder is no obstacle
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(where, args=items, force=where.exists())  # force: an empty folder is no obstacle
+    except Exception as error:
+        raise writing.failed(error, f"{where} is not there") from error
 
 
 def restore(path: Any, step: ShardedStep, *, cast: bool = False) -> Any:

@@ -47,3 +47,13 @@ def check_writable(folder: epath.Path) -> None:
         problem = "cannot write into this folder"
         fix = "Name a folder that this user may write to, or change its permissions. Restoring needs none."
         raise type(error)(explain(f"{WHO}: save", problem, found=[f"{folder}: {error.strerror or error}"], fix=fix)) from error
+
+
+def failed(error: Exception | ExceptionGroup, context: str) -> OSError:
+    """The error of a save that did not come to its end."""
+    while isinstance(error, ExceptionGroup):  # of Orbax's parallel writes, which fail for one reason
+        error = error.exceptions[0]
+    said = str(error).partition("\n")[0]  # paths first, and what the system said at its end
+    met = [f"{type(error).__name__}: {said if len(said) < 240 else f'{said[:80]} ... {said[-150:]}'}"]
+    fix = "Free space or name another folder, then save again: the state in memory is unharmed."
+    return OSError(explain(f"{WHO}: save", "a checkpoint could not be written", found=met, context=context, fix=fix))
