@@ -6,7 +6,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jzero._errors import explain
-from jzero.checkpoint import checksums, folder, reading, template, writing
+from jzero.checkpoint import checksums, folder, loss_scale, reading, template, writing
 from jzero.checkpoint.naming import WHO
 from jzero.shard import ShardedStep
 
@@ -58,7 +58,8 @@ def load(found: folder.Found, step: ShardedStep, *, cast: bool = False, weights_
     checksums.check(found.arrays)
     layout, statics = template.of(step, found)
     if not weights_only:
-        return statics.merge(jax.tree.unflatten(layout.treedef, reading.read(found, layout, cast=cast)))
+        state = statics.merge(jax.tree.unflatten(layout.treedef, reading.read(found, layout, cast=cast)))
+        return loss_scale.begin_anew(state, step, found)
     from jzero.checkpoint import weights
 
     return weights.load(found, step, layout, statics, cast=cast, into=into)
