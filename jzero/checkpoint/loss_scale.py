@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import numpy as np
 
 from jzero.checkpoint import folder
 from jzero.shard import ShardedStep
@@ -21,6 +20,6 @@ def begin_anew(state: Any, step: ShardedStep, found: folder.Found) -> Any:
     scales = step.fn.policy.scales_loss
     if scales == (written["compute"] == "float16"):
         return state
-    fresh = initial_loss_scale(dynamic=scales)._replace(num_skipped=np.asarray(state.loss_scale.num_skipped))
+    fresh = initial_loss_scale(dynamic=scales)
     placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding, may_alias=False), fresh, state.loss_scale)
-    return state._replace(loss_scale=placed)
+    return state._replace(loss_scale=placed._replace(num_skipped=state.loss_scale.num_skipped))

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jzero._errors import explain
 from jzero.checkpoint import checksums, discard, folder, lock, once, position, writing
+from jzero.checkpoint.changes import Changes
 from jzero.checkpoint.naming import WHO
 from jzero.shard import ShardedStep
 
@@ -100,7 +102,8 @@ class CheckpointManager:
 
     def restore(
         self, step: ShardedStep, *, at: int | None = None, weights_only: bool = False, data: Any = None,
-        cast: bool = False, into: Any = None, on_corrupt: Literal["error", "previous"] = "error",
+        cast: bool = False, into: Any = None, rename: Mapping[str, str] | None = None, partial: bool = False,
+        restack: bool = False, on_corrupt: Literal["error", "previous"] = "error",
     ) -> tuple[Any, Any]:  # fmt: skip
         """`(state, data)`: the newest complete checkpoint, on the step's mesh and stage, whatever wrote it.
 
@@ -109,8 +112,7 @@ class CheckpointManager:
           at: the number of the checkpoint, if not the newest.
           weights_only: read the parameters only. A TrainStep makes the rest anew, other steps need `into`; data is None.
           data: an iterator with `set_state(position)`: it is moved and returned. Without it the position is returned.
-          cast: convert floating-point leaves of another dtype; without it they are an error.
-          into: a state whose leaves are kept where none are read.
+          cast, into, rename, partial, restack: see `jzero.restore`.
           on_corrupt: "previous" goes back, with a warning, to the newest checkpoint whose files are whole.
 
         Raises:
@@ -121,11 +123,11 @@ class CheckpointManager:
             fix = "Write on_corrupt='previous' to fall back to an older checkpoint."
             raise ValueError(explain(f"{WHO}: restore", "unknown on_corrupt=", found=[f"on_corrupt={on_corrupt!r}"], fix=fix))
         self.wait()
-        number = folder.pick(self.path, at)
+        number, changes = folder.pick(self.path, at), Changes(rename or {}, partial, restack)
         while True:
             try:
                 found = folder.open_one(self.path / str(number))
-                state = once.load(found, step, cast=cast, weights_only=weights_only, into=into)
+                state = once.load(found, step, cast=cast, weights_only=weights_only, into=into, changes=changes)
                 break
             except checksums.CorruptCheckpoint as error:
                 older = [there for there in self.steps() if there < number]

@@ -1,7 +1,7 @@
 """Portability law in full: twelve layouts of stage, devices, replicas and precision; saved in each, restored in each.
 
-What is restored is what was saved, bit by bit after the documented cast. It trains on as the same values placed on that mesh do, bit
-by bit; as the uninterrupted run does, bit by bit where the layout is the same; and on another within DESIGN 6's parity of it.
+What is restored is what was saved, bit by bit after the documented cast. It trains on as the same values placed on that mesh
+do, bit by bit; as the uninterrupted run does, bit by bit where the layout is the same; and on another within DESIGN 6's parity.
 """
 
 import functools
@@ -74,7 +74,7 @@ def on_one(leaf):
 
 
 def documented_cast(values, source, target):
-    """What docs/checkpoints.md says of a change of precision: floating-point leaves are converted, the loss scale begins anew."""
+    """As docs/checkpoints.md says of a change of precision: floats are converted, the loss scale begins anew."""
     _, make_state = make(target)
     like = jax.eval_shape(make_state, tiny.make_params())
     is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
