@@ -60,7 +60,7 @@ class Pretraining:
     """One command, started as often as needed. Compiled programs are kept beside it, so that a second start is cheap."""
 
     def __init__(self, folder, name, *options):
-        small = ["--layers", "1", "--batch", "8", "--seq", "16", "--steps", "40", "--save-every", "5", "--eval-every", "40"]
+        small = ["--layers", "1", "--batch", "8", "--seq", "16", "--steps", "40", "--save-every", "4", "--eval-every", "40"]
         self.command = [sys.executable, str(PRETRAIN), "--out", name, *small, *options]
         self.out, self.folder = folder / name, folder
         self.environ = {
@@ -100,7 +100,10 @@ class Pretraining:
         return file.read_text().splitlines() if file.exists() else []
 
 
-def test_pretraining_resumes_by_the_same_command(tmp_path):
+@pytest.mark.parametrize(
+    "ends", [[signal.SIGKILL], pytest.param([signal.SIGTERM, signal.SIGKILL, signal.SIGTERM], marks=pytest.mark.slow)]
+)
+def test_pretraining_resumes_by_the_same_command(tmp_path, ends):
     """Killed, told to end, started again and again: every number of every step is the uninterrupted run's, bit by bit."""
     whole, broken = Pretraining(tmp_path, "whole"), Pretraining(tmp_path, "broken")
     assert "2 devices, stage 3" in whole.finish()
@@ -109,14 +112,14 @@ def test_pretraining_resumes_by_the_same_command(tmp_path):
     assert rows[-1]["eval_loss"] < rows[0]["loss"] - 1
     assert list(whole.out.glob("events.out.tfevents.*"))
 
-    code, printed = broken.end_at_the_next_checkpoint(signal.SIGKILL)
-    assert code == -signal.SIGKILL, printed
-    newest = broken.newest()
-    assert newest >= 5
-    code, printed = broken.end_at_the_next_checkpoint(signal.SIGTERM)
-    assert code == 143, printed
-    assert f"resumed at step {newest}" in printed
-    saved = int(re.search(r"told to end: saved step (\d+)", printed)[1])
-    assert len(broken.lines()) == saved == broken.newest() < 40
-    assert f"resumed at step {saved}" in broken.finish()
+    for number in ends:
+        before = broken.newest()
+        code, printed = broken.end_at_the_next_checkpoint(number)
+        assert code == (-signal.SIGKILL if number == signal.SIGKILL else 143), printed
+        assert 0 < broken.newest() < 40
+        assert not before or f"resumed at step {before}" in printed
+        if number == signal.SIGTERM:
+            saved = int(re.search(r"told to end: saved step (\d+)", printed)[1])
+            assert len(broken.lines()) == saved == broken.newest()
+    assert f"resumed at step {broken.newest()}" in broken.finish()
     assert broken.lines() == whole.lines()

@@ -124,10 +124,11 @@ def check_in_this_process(folder, num_devices):
     assert found == pytest.approx(losses, rel=1e-5)
 
 
-def test_saved_by_four_processes(tmp_path):
-    launch(tmp_path, MODEL + TELL + SAVE, "-n", "4")
+@pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_saved_by_processes_and_restored_by_one(tmp_path, num_processes):
+    launch(tmp_path, MODEL + TELL + SAVE, "-n", str(num_processes))
     notes = json.loads((tmp_path / "run" / "2" / "jzero" / "metadata").read_text())
-    assert (notes["num_processes"], notes["mesh"]) == (4, {"data": 4})
+    assert (notes["num_processes"], notes["mesh"]) == (num_processes, {"data": num_processes})
     for num_devices in (1, 2, 8):
         check_in_this_process(tmp_path, num_devices)
 
