@@ -86,8 +86,9 @@ def test_every_keep_and_force(tmp_path, state):
     assert [manager.save(i, state) for i in range(5)] == [True, False, True, False, True]
     assert manager.save(5, state, force=True)
     assert not manager.save(5, state, force=True)
-    manager.wait()
+    manager.close()
     assert manager.steps() == [4, 5]
+    assert not [*tmp_path.glob("*tmp*"), *tmp_path.glob(".jzero-deleted")], "what is not kept is deleted, not only moved"
 
 
 @pytest.mark.parametrize(("best", "kept"), [("loss", [1, 3]), ("+loss", [0, 3])])

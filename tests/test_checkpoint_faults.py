@@ -1,9 +1,12 @@
 """Faults of the disk and of other jobs, brought about for real: no space, files too large, no permission, a folder in use."""
 
+import json
 import os
 import resource
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -13,6 +16,7 @@ import optax
 import pytest
 
 import jzero
+from jzero.checkpoint import lock
 from jzero.checkpoint.checksums import CorruptCheckpoint
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +87,8 @@ def check_full(folder, step):
         jzero.save(folder / "one", make_state(step, LARGE))
     with pytest.raises((FileNotFoundError, CorruptCheckpoint)):
         jzero.restore(folder / "one", step)
+    manager.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("jzero.checkpoint.early")]
 
 
 @drops_threads
@@ -151,7 +157,7 @@ sys.stdin.read()
 """
 
 
-def test_two_jobs_and_one_folder(tmp_path, step):
+def test_two_jobs_and_one_folder(tmp_path, step, monkeypatch):
     """The second is refused while the first lives, may read, and takes over when the first is gone, even by SIGKILL."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -164,6 +170,14 @@ def test_two_jobs_and_one_folder(tmp_path, step):
         ) as caught:
             manager.save(2, make_state(step, SMALL))
         assert "a folder of its own" in str(caught.value)
+        (tmp_path / lock.FILE).write_text(
+            json.dumps({"host": "elsewhere", "pid": 1})
+        )  # a host that may have died: worth a wait
+        monkeypatch.setattr(lock, "_PATIENCE_SECONDS", 0.5)
+        began = time.monotonic()
+        with pytest.raises(BlockingIOError, match="process 1 on elsewhere"):
+            manager.save(2, make_state(step, SMALL))
+        assert time.monotonic() - began > 0.5
         plain = jzero.shard(lambda state, x: (state, None), stage=0, params=lambda state: state)
         assert jzero.restore(tmp_path, plain)["w"].tolist() == [1.0] * 8
     finally:

@@ -41,6 +41,7 @@ class Handler(ocp.PyTreeCheckpointHandler):
 
     async def async_save(self, directory: Any, *args: Any, **options: Any) -> Any:
         """Called by Orbax on every process; what it returns is written in the background."""
+        self.close_early()  # of a save that failed
         if jax.process_index() == 0 and "://" not in str(directory):
             self._early = early.Early(epath.Path(directory), _digest)
         try:

@@ -151,6 +151,7 @@ class CheckpointManager:
     def close(self) -> None:
         """`wait`, then let other jobs write into the folder, as the end of the process does. A later `save` opens it again."""
         self.wait()
+        discard.empty(self.path).join()
         self._shut()
 
     def steps(self) -> list[int]:
