@@ -45,7 +45,7 @@ $(VENV)/floors.txt: pyproject.toml | $(VENV)/bin/python
 	import tomllib; \
 	project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	extras = project["optional-dependencies"]; \
-	floors = project["dependencies"] + extras["plot"] + extras["compile"]; \
+	floors = project["dependencies"] + extras["plot"] + extras["train"] + extras["compile"]; \
 	print(*(floor.replace(">=", "==") for floor in floors if ">=" in floor), sep="\n")' > $@
 
 $(VENV)/.stamp-bench: $(VENV)/floors.txt

@@ -14,11 +14,13 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
+from jzero.launch.codes import PREEMPTED
+
 
 class Preemption:
     """Whether this job was told to end. `reached` is called by every rank after every step."""
 
-    code = 128 + signal.SIGTERM
+    code = PREEMPTED
 
     def __init__(self) -> None:
         self._told = threading.Event()

@@ -1,6 +1,7 @@
 """`jzero.shard`: any train step under a ZeRO stage, in one line."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial, wraps
@@ -58,6 +59,9 @@ class _Program:
         return statics.merge(arrays), aux
 
 
+STEPS: "weakref.WeakSet[ShardedStep]" = weakref.WeakSet()  # that are alive: a checkpoint notes which of them made its state
+
+
 class ShardedStep:
     """A train step on a mesh. Call it as the step it was made from: `state, aux = step(state, *batch)`; it donates `state`."""
 
@@ -67,6 +71,7 @@ class ShardedStep:
         self._programs: dict[Any, _Program] = {}
         self._recent: dict[Any, _Program] = {}  # by batch alone: the fast way in
         self.known: tuple[Layout, Statics] | None = None  # the last state seen: what a checkpoint is restored as
+        STEPS.add(self)
 
     def __repr__(self) -> str:
         name = getattr(self.fn, "__name__", type(self.fn).__name__)

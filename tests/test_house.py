@@ -107,7 +107,8 @@ def test_imports_point_up(room):
 
 def test_external_imports_are_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.split(r"[^a-z]", name)[0] for name in project["dependencies"] + project["optional-dependencies"]["plot"]}
+    extras = project["optional-dependencies"]
+    declared = {re.split(r"[^a-zA-Z]", name)[0] for name in project["dependencies"] + extras["plot"] + extras["train"]}
     allowed = {"jzero": declared, "pallas_kernels": {"jax"}}
     extra = {file: external_packages(file) - allowed[file.partition("/")[0]] for file in SOURCES}
     extra = {file: names for file, names in extra.items() if names}

@@ -1,6 +1,5 @@
 """How the bench gets its devices: a cluster's, this machine's accelerators, or simulated CPU devices."""
 
-import glob
 import math
 import os
 import sys
@@ -8,23 +7,22 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
+from jzero import launch
 from jzero.bench.options import Options
+from jzero.launch.environment import COUNT_FLAG, has_accelerator
 
-_COUNT_FLAG = "--xla_force_host_platform_device_count"
 _MARK = "JZERO_BENCH_SIMULATES"
 # XLA:CPU allocates its temporaries anew for every step and glibc returns them to the system: page faults then take a
 # quarter of the step. One arena, no mmap, no trimming keeps the memory. Read by the C library when a process starts.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 * 1024**3)}
 NUM_SIMULATED = 8
-# NVIDIA's driver, NVIDIA under WSL, AMD's, and TPUs by either of their drivers.
-_DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 
 def simulation_environment(environ: Mapping[str, str], num_devices: int) -> dict[str, str]:
     """`environ` with `num_devices` CPU devices and a memory allocator that keeps what it has; the user's settings win."""
     flags = environ.get("XLA_FLAGS", "")
-    if _COUNT_FLAG not in flags:
-        flags = f"{flags} {_COUNT_FLAG}={num_devices}".strip()
+    if COUNT_FLAG not in flags:
+        flags = f"{flags} {COUNT_FLAG}={num_devices}".strip()
     # A thread that waits in a collective does no work: with one per device, simulated devices can wait for each other for ever.
     threads = {"PJRT_NPROC": str(2 * num_devices)}
     return {**MALLOC, **threads, **environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", _MARK: "1"}
@@ -39,7 +37,7 @@ def get_devices(options: Options, words: Sequence[str]) -> list[jax.Device]:
     """All devices to use. Without an accelerator, starts this program anew, once, with simulated devices."""
     if not simulated():
         _skip_absent_accelerators()
-        _join_cluster()
+        launch.initialize()
         if jax.default_backend() == "cpu" and jax.process_count() == 1:
             environ = simulation_environment(os.environ, options.devices or _num_in_mesh(options.mesh))
             sys.stdout.flush()
@@ -57,14 +55,5 @@ def _skip_absent_accelerators() -> None:
 
     They would print tracebacks. `JAX_PLATFORMS` in the environment wins, for devices that this does not know.
     """
-    if sys.platform == "linux" and "JAX_PLATFORMS" not in os.environ and not any(glob.glob(one) for one in _DEVICE_FILES):
+    if "JAX_PLATFORMS" not in os.environ and not has_accelerator():
         jax.config.update("jax_platforms", "cpu")
-
-
-def _join_cluster() -> None:
-    """`jax.distributed.initialize` where jax finds a cluster (SLURM, MPI, Kubernetes, TPU pods); nothing where it does not."""
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:
-        if "coordinator_address" not in str(error):
-            raise

@@ -7,6 +7,7 @@ wrong weights. The list lies beside the arrays as `checksums.json`; programs tha
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,11 +17,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jzero._errors import columns, explain
+from jzero.checkpoint import early
 from jzero.checkpoint.naming import WHO
 
 FILE = "checksums.json"
 _NUM_THREADS = 4  # hashlib lets other threads run; more do not help one disk
 _PIECE_BYTES = 2**22
+DATA_FILE_BYTES = 2**27  # Orbax's 2 GB would leave nothing to digest while the last file is written
 _OWN = {FILE, "commit_success.txt"}  # the second is Orbax's mark on stores without rename, written after the list
 
 
@@ -34,10 +37,37 @@ class Handler(ocp.PyTreeCheckpointHandler):
     def __init__(self) -> None:
         super().__init__(use_compression=False)  # weights do not shrink; compressing them is slower than the disk
 
+        self._early: early.Early | None = None
+
+    async def async_save(self, directory: Any, *args: Any, **options: Any) -> Any:
+        """Called by Orbax on every process; what it returns is written in the background."""
+        self.close_early()  # of a save that failed
+        if jax.process_index() == 0 and "://" not in str(directory):
+            self._early = early.Early(epath.Path(directory), _digest)
+        try:
+            return await super().async_save(directory, *args, **options)
+        except BaseException:
+            self.close_early()
+            raise
+
     def finalize(self, directory: epath.Path) -> None:
         """Called by Orbax on one process, after every process has written."""
         super().finalize(directory)
-        (directory / FILE).write_text(json.dumps(digests(directory), indent=1))
+        known = self.close_early()
+        (directory / FILE).write_text(json.dumps(digests(directory, known), indent=1))
+
+    def close_early(self) -> Callable[[str], dict[str, Any] | None]:
+        """End the thread of this save; what it knows."""
+        taken, self._early = self._early, None
+        if taken is None:
+            return lambda name: None
+        taken.stop()
+        return taken.known
+
+    def close(self) -> None:
+        """Called by Orbax when no save will follow, after one that failed too."""
+        self.close_early()
+        super().close()
 
 
 @ocp.args.register_with_handler(Handler, for_save=True, for_restore=True)
@@ -46,11 +76,11 @@ class SaveArgs(ocp.args.PyTreeSave):
     """Orbax finds a handler by the type of its arguments."""
 
 
-def digests(directory: epath.Path) -> dict[str, dict[str, Any]]:
-    """`{file: {"bytes", "sha256"}}` for every file below `directory`."""
+def digests(directory: epath.Path, known: Callable[[str], dict[str, Any] | None]) -> dict[str, dict[str, Any]]:
+    """`{file: {"bytes", "sha256"}}` for every file below `directory`. `known`: digests that were taken already."""
     files = sorted(_files(directory))
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        found = pool.map(lambda name: _digest(directory / name), files)
+        found = pool.map(lambda name: known(name) or _digest(directory / name), files)
         return dict(zip(files, found, strict=True))
 
 

@@ -1,56 +1,119 @@
 """Arrays from disk onto a mesh: compared by name first, then each device reads its own pieces."""
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jzero._errors import columns, explain
-from jzero._tree import is_key, short
-from jzero.checkpoint import checksums, folder, naming
-from jzero.checkpoint.naming import WHO, Name
+from jzero._tree import is_key
+from jzero.checkpoint import changes as changing
+from jzero.checkpoint import checksums, folder, mismatch, naming
+from jzero.checkpoint.changes import Changes, Source
+from jzero.checkpoint.naming import Name
 from jzero.engine.layout import Layout
 
-_SHOWN = 20  # lines of a mismatch; more say less
+_NUM_PORTIONS = 16
+_LEAST_PORTION_BYTES = 2**24  # below it the calls themselves would take the time
 
 
-def read(found: folder.Found, layout: Layout, *, only: frozenset[str] | None = None, cast: bool = False) -> list[Any]:
-    """The leaves of `layout` in order, on its shardings; with `only`, None for leaves of other roles.
+class Read(NamedTuple):
+    """The leaves in order, None where none was read; the names of those, and of what stayed on disk."""
 
-    No device ever holds more of the state than its own pieces, and one leaf twice for a moment. Reads
-    `sum(leaf bytes / pieces)` per device; nothing travels between devices.
+    leaves: list[Any]
+    fresh: list[str]
+    left: list[str]
+
+
+class _Wanted(NamedTuple):
+    aval: Any
+    sharding: NamedSharding
+
+
+def read(
+    found: folder.Found, layout: Layout, *, only: frozenset[str] | None = None, cast: bool = False,
+    changes: Changes = changing.NONE,
+) -> Read:  # fmt: skip
+    """The leaves of `layout` on its shardings; with `only`, those of these roles.
+
+    No device ever holds more of the state than its own pieces, and a few of them twice for a moment: those that are read at
+    once, or one stacked leaf whose layers are unrolled. Reads `sum(leaf bytes / pieces)` per device; nothing travels
+    between devices.
 
     Raises:
       ValueError: leaves missing, extra, or of another shape or dtype; `CorruptCheckpoint` where reading fails.
     """
-    abstract = jax.tree.unflatten(layout.treedef, layout.avals)
-    rows = zip(naming.names(abstract), layout.avals, layout.shardings, layout.placements, strict=True)
-    wanted = {name: (aval, sharding) for name, aval, sharding, where in rows if only is None or where.leaf.role in only}
-    _check(wanted, found, cast=cast, partial=only is not None)
-    arrays = _restore(found.arrays, wanted, partial=only is not None)
-    return [arrays.get(name) for name in naming.names(abstract)]
-
-
-def _restore(arrays: epath.Path, wanted: Mapping[Name, tuple[Any, NamedSharding]], *, partial: bool) -> dict[Name, Any]:
-    stored = {name: naming.stored_shape(aval) for name, (aval, _) in wanted.items()}
-    args = {
-        name: ocp.ArrayRestoreArgs(sharding=wanted[name][1], global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
-        for name, leaf in stored.items()
-    }
+    names = naming.names(jax.tree.unflatten(layout.treedef, layout.avals))
+    rows = zip(names, layout.avals, layout.shardings, layout.placements, strict=True)
+    wanted = {name: _Wanted(aval, where) for name, aval, where, place in rows if only is None or place.leaf.role in only}
+    there = changing.renamed(folder.present(found.arrays), changes.rename)
+    shapes = {name: naming.stored_shape(one.aval).shape for name, one in wanted.items()}
+    sources = changing.sources(shapes, there, restack=changes.restack)
+    avals = {name: one.aval for name, one in wanted.items()}
+    mismatch.check(avals, there, sources, found, changes=changes, cast=cast, whole=only is None)
     try:
-        tree = naming.nest(stored) if partial else folder.tree(arrays)
-        item, how = (naming.replace(tree, flat) for flat in (stored, args))
-        asked = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=partial)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            read = naming.unnest(checkpointer.restore(arrays, args=asked))
+        arrays = _arrays(found.arrays, wanted, sources)
     except Exception as error:  # names, shapes and dtypes agreed, so what fails now are the files
         met = [f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"]
-        raise checksums.CorruptCheckpoint(checksums.damaged(arrays, "the arrays cannot be read", met)) from error
-    return {name: _own(read.pop(name), aval, sharding) for name, (aval, sharding) in wanted.items()}
+        raise checksums.CorruptCheckpoint(checksums.damaged(found.arrays, "the arrays cannot be read", met)) from error
+    used = {name for source in sources.values() for name in source.names}
+    fresh = ["/".join(name) for name in wanted if name not in sources]
+    left = [] if only is not None else ["/".join(name) for name, leaf in there.items() if leaf.name not in used]
+    return Read([arrays.get(name) for name in names], fresh, left)
+
+
+def _arrays(arrays: epath.Path, wanted: Mapping[Name, _Wanted], sources: Mapping[Name, Source]) -> dict[Name, Any]:
+    plain = {source.names[0]: name for name, source in sources.items() if source.index is None and len(source.names) == 1}
+    found: dict[Name, Any] = {}
+    for names in _portions(list(plain), {name: wanted[plain[name]] for name in plain}):
+        asked = {name: wanted[plain[name]] for name in names}
+        read = _restore(arrays, {name: (naming.stored_shape(aval), where) for name, (aval, where) in asked.items()})
+        found |= {plain[name]: _own(read.pop(name), *asked[name]) for name in names}
+    for name, source in sources.items():
+        if len(source.names) > 1:
+            found[name] = _stack(arrays, source, *wanted[name])
+    for stacked in dict.fromkeys(source.names[0] for source in sources.values() if source.index is not None):
+        layers = {name: source.index for name, source in sources.items() if source.names == (stacked,)}
+        found |= _unstack(arrays, stacked, {name: index for name, index in layers.items() if index is not None}, wanted)
+    return found
+
+
+def _portions(names: list[Name], wanted: Mapping[Name, _Wanted]) -> Iterator[list[Name]]:
+    """Orbax reads all that it is asked for at once, and its buffers are beside the state: a sixteenth at a time."""
+    sizes = {name: _local_bytes(wanted[name]) for name in names}
+    most = max(sum(sizes.values()) / _NUM_PORTIONS, _LEAST_PORTION_BYTES)
+    portion: list[Name] = []
+    for name in sorted(names, key=lambda name: -sizes[name]):  # large ones first, while there is room
+        if portion and sum(sizes[one] for one in portion) + sizes[name] > most:
+            yield portion
+            portion = []
+        portion.append(name)
+    if portion:
+        yield portion
+
+
+def _local_bytes(wanted: _Wanted) -> int:
+    stored, sharding = naming.stored_shape(wanted.aval), wanted.sharding
+    piece = math.prod(sharding.shard_shape(stored.shape)) * stored.dtype.itemsize
+    return piece * len(sharding.addressable_devices)
+
+
+def _restore(arrays: epath.Path, wanted: Mapping[Name, tuple[jax.ShapeDtypeStruct, NamedSharding]]) -> dict[Name, Any]:
+    """Leaves by their names on disk, as Orbax gives them; all others stay there."""
+    asked = {name: ocp.ArrayRestoreArgs(sharding=where, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
+             for name, (leaf, where) in wanted.items()}  # fmt: skip
+    tree = folder.tree(arrays)
+    others = dict.fromkeys(naming.unnest(tree), ocp.PLACEHOLDER)
+    item = naming.replace(tree, others | {name: leaf for name, (leaf, _) in wanted.items()})
+    how = naming.replace(tree, dict.fromkeys(others, ocp.RestoreArgs()) | asked)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        read = checkpointer.restore(arrays, args=ocp.args.PyTreeRestore(item=item, restore_args=how))
+    leaves = naming.unnest(read)
+    return {name: leaves[name] for name in wanted}
 
 
 def _own(leaf: Any, aval: Any, sharding: NamedSharding) -> Any:
@@ -62,56 +125,29 @@ def _own(leaf: Any, aval: Any, sharding: NamedSharding) -> Any:
     return jax.random.wrap_key_data(owned, impl=naming.key_impl(aval)) if is_key(aval) else owned
 
 
-def _check(wanted: Mapping[Name, tuple[Any, Any]], found: folder.Found, *, cast: bool, partial: bool) -> None:
-    there = folder.present(found.arrays)
-    keys = {tuple(leaf["name"]): leaf["key"] for leaf in found.notes.get("leaves", ())}
-    missing = [[_slashed(name), short(aval), "missing on disk"] for name, (aval, _) in wanted.items() if name not in there]
-    extra = (
-        [] if partial else [[_slashed(name), _short(there[name]), "not in the state"] for name in there if name not in wanted]
-    )
-    apart = [
-        [_slashed(name), _short(there[name]), f"the step expects {short(aval)}"]
-        for name, (aval, _) in wanted.items()
-        if name in there and _differs(there[name], aval, keys.get(name), cast=cast)
-    ]
-    rows = [*missing, *extra, *apart]
-    if not rows:
-        return
-    problem = f"{len(rows)} leaves do not match: {len(missing)} missing, {len(extra)} extra, {len(apart)} differ"
-    more = [f"... {len(rows) - _SHOWN} more"] if len(rows) > _SHOWN else []
-    raise ValueError(
-        explain(f"{WHO}: restore", problem, found=[*columns(rows[:_SHOWN]), *more], context=f"checkpoint {found.root}",
-                fix=_way_out(missing, extra, there, wanted, apart))
-    )  # fmt: skip
+def _stack(arrays: epath.Path, source: Source, aval: Any, sharding: NamedSharding) -> Any:
+    """One scanned leaf from one leaf for each layer."""
+    layer, where = jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype), _moved(sharding, sharding.spec[1:])
+    layers = _restore(arrays, dict.fromkeys(source.names, (layer, where)))
+    stacked = jax.jit(lambda *layers: jnp.stack(layers), out_shardings=sharding)(*layers.values())
+    jax.block_until_ready(stacked)
+    for leaf in layers.values():
+        leaf.delete()
+    return stacked
 
 
-def _differs(there: Any, aval: Any, key: str | None, *, cast: bool) -> bool:
-    stored = naming.stored_shape(aval)
-    other_key = is_key(aval) and key is not None and key != naming.key_impl(aval)
-    both_float = all(jax.numpy.issubdtype(np.dtype(leaf.dtype), jax.numpy.floating) for leaf in (there, stored))
-    other_dtype = np.dtype(there.dtype) != stored.dtype and not (cast and both_float)
-    return tuple(there.shape) != stored.shape or other_key or other_dtype
+def _unstack(arrays: epath.Path, stacked: Name, layers: Mapping[Name, int], wanted: Mapping[Name, _Wanted]) -> dict[Name, Any]:
+    """All unrolled leaves of one scanned one, which is read once."""
+    aval, sharding = wanted[next(iter(layers))]
+    whole = jax.ShapeDtypeStruct((len(layers), *aval.shape), aval.dtype)
+    read = _restore(arrays, {stacked: (whole, _moved(sharding, (None, *sharding.spec)))})[stacked]
+    found = {}
+    for name, index in layers.items():
+        pick = jax.jit(lambda leaf, index: leaf[index], out_shardings=wanted[name].sharding)
+        found[name] = jax.block_until_ready(pick(read, index))
+    read.delete()
+    return found
 
 
-def _way_out(missing: list[Any], extra: list[Any], there: Any, wanted: Any, apart: list[Any]) -> str:
-    same_shapes = (
-        tuple(there[name].shape) == naming.stored_shape(aval).shape for name, (aval, _) in wanted.items() if name in there
-    )
-    only_dtypes = not missing and not extra and all(same_shapes)
-    if apart and only_dtypes:
-        return "Pass cast=True to convert floating-point leaves to the step's precision."
-    fix = "Restore with the model and optimizer that wrote it; weights_only=True leaves the optimizer's leaves out."
-    pairs = [(ours[0], theirs[0]) for ours in missing for theirs in extra if ours[1] == theirs[1]][:1]
-    for ours, theirs in pairs:
-        fix += (
-            f"\nIf {theirs} is {ours} under an old name: read it with Orbax, rename it in the dict, and step.place the result."
-        )
-    return fix
-
-
-def _slashed(name: Name) -> str:
-    return "/".join(name)
-
-
-def _short(leaf: Any) -> str:
-    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+def _moved(sharding: NamedSharding, spec: Any) -> NamedSharding:
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jzero._errors import explain
 from jzero.checkpoint import folder, naming, structure
+from jzero.checkpoint.changes import NONE, Changes
 from jzero.checkpoint.naming import WHO
 from jzero.engine.layout import Layout
 from jzero.engine.statics import Statics
@@ -14,8 +15,9 @@ from jzero.shard import ShardedStep
 from jzero.step import TrainState, TrainStep
 
 
-def of(step: ShardedStep, found: folder.Found) -> tuple[Layout, Statics]:
-    """The step's own, if it has seen a state; otherwise rebuilt from the checkpoint, and then known to the step.
+def of(step: ShardedStep, found: folder.Found, *, into: Any = None, changes: Changes = NONE) -> tuple[Layout, Statics]:
+    """That of `into`, or the step's own, if it has seen a state; otherwise rebuilt from the checkpoint, and then known to the
+    step. What is to be changed cannot be rebuilt.
 
     Raises:
       ValueError: neither is possible; the message has the line to write.
@@ -23,8 +25,10 @@ def of(step: ShardedStep, found: folder.Found) -> tuple[Layout, Statics]:
     if not isinstance(step, ShardedStep):
         fix = "Pass the step that jzero.shard returned."
         raise TypeError(explain(f"{WHO}: restore", "onto which step?", found=[f"got {type(step).__name__}"], fix=fix))
+    if into is not None:
+        step.shardings(into)
     if step.known is None:
-        step.shardings(_rebuilt(step, found))
+        step.shardings(_rebuilt(step, found) if changes == NONE else _or_explain(None, step, found))
     assert step.known is not None
     return step.known
 
@@ -77,6 +81,6 @@ def _or_explain(state: Any, step: ShardedStep, found: folder.Found) -> Any:
         return state
     problem = "the structure of the state is not known"
     met = [f"{step!r} has seen no state yet, and the checkpoint does not describe its containers (it can for dicts, lists,"]
-    met += ["tuples and named tuples whose modules are imported)"]
+    met += ["tuples and named tuples whose modules are imported), or is to be changed (rename=, partial=, restack=)"]
     fix = "First write step.shardings(jax.eval_shape(make_state)), or state = step.init(make_state); either makes it known."
     raise ValueError(explain(f"{WHO}: restore", problem, found=met, context=f"checkpoint {found.root}", fix=fix))

@@ -25,7 +25,9 @@ def items(state: Any, *, step: ShardedStep | None, number: int | None = None, da
     leaves = zip(naming.names(arrays), jax.tree.leaves(arrays), strict=True)
     tree = naming.nest({name: naming.to_disk(leaf) for name, leaf in leaves})
     beside = notes.write(state, step=step, number=number, data=data)
-    return ocp.args.Composite(state=checksums.SaveArgs(tree), jzero=ocp.args.JsonSave(beside))
+    return ocp.args.Composite(
+        state=checksums.SaveArgs(tree, ocdbt_target_data_file_size=checksums.DATA_FILE_BYTES), jzero=ocp.args.JsonSave(beside)
+    )
 
 
 def _check_alive(arrays: Any) -> None:
@@ -47,3 +49,13 @@ def check_writable(folder: epath.Path) -> None:
         problem = "cannot write into this folder"
         fix = "Name a folder that this user may write to, or change its permissions. Restoring needs none."
         raise type(error)(explain(f"{WHO}: save", problem, found=[f"{folder}: {error.strerror or error}"], fix=fix)) from error
+
+
+def failed(error: Exception | ExceptionGroup, context: str) -> OSError:
+    """The error of a save that did not come to its end."""
+    while isinstance(error, ExceptionGroup):  # of Orbax's parallel writes, which fail for one reason
+        error = error.exceptions[0]
+    said = str(error).partition("\n")[0]  # paths first, and what the system said at its end
+    met = [f"{type(error).__name__}: {said if len(said) < 240 else f'{said[:80]} ... {said[-150:]}'}"]
+    fix = "Free space or name another folder, then save again: the state in memory is unharmed."
+    return OSError(explain(f"{WHO}: save", "a checkpoint could not be written", found=met, context=context, fix=fix))

@@ -2,10 +2,12 @@
 
 import signal
 
+from jzero.watch import HANGING
+
 USAGE = 2
 PREEMPTED = 128 + signal.SIGTERM  # 143: what Kubernetes, SLURM and shells already read as "ended by SIGTERM": start it again
 INTERRUPTED = 128 + signal.SIGINT
-FAILED_TO_STEP = 124  # as timeout(1): a step did not end within --step-timeout
+FAILED_TO_STEP = HANGING  # a step did not end within --step-timeout
 
 
 def readable(returncode: int) -> int:

@@ -10,11 +10,17 @@ import socket
 import sys
 from collections.abc import Mapping
 
-STEP_TIMEOUT = "JZERO_STEP_TIMEOUT"
+from jzero.watch import STEP_TIMEOUT
+
 RESTART = "JZERO_RESTART"  # how many times the job was started before
-_COUNT_FLAG = "--xla_force_host_platform_device_count"
+COUNT_FLAG = "--xla_force_host_platform_device_count"
 # NVIDIA's driver, NVIDIA under WSL, AMD's, and TPUs by either of their drivers.
 _DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
+
+
+def has_accelerator() -> bool:
+    """Whether this machine may have one: a device file on Linux, unknown and so True elsewhere."""
+    return sys.platform != "linux" or any(glob.glob(one) for one in _DEVICE_FILES)
 
 
 def reserve_port() -> socket.socket:
@@ -53,7 +59,7 @@ def for_rank(
     found.pop("OMPI_VERSION", None)  # 5 and later would make jax look for mpi4py
     if step_timeout is not None:
         found[STEP_TIMEOUT] = str(step_timeout)
-    if sys.platform == "linux" and not any(glob.glob(one) for one in _DEVICE_FILES):
+    if not has_accelerator():
         found.setdefault("JAX_PLATFORMS", "cpu")
     if found.get("JAX_PLATFORMS") == "cpu":
         return found | _simulated(found, devices or 1)
@@ -64,8 +70,8 @@ def for_rank(
 
 def _simulated(environ: Mapping[str, str], devices: int) -> dict[str, str]:
     """Threads are for collectives to wait in: fewer than devices and two steps in flight deadlock (docs/log.md)."""
-    flags = re.sub(rf"{_COUNT_FLAG}=\S+", "", environ.get("XLA_FLAGS", "")).strip()
+    flags = re.sub(rf"{COUNT_FLAG}=\S+", "", environ.get("XLA_FLAGS", "")).strip()
     return {
-        "XLA_FLAGS": f"{flags} {_COUNT_FLAG}={devices}".strip(),
+        "XLA_FLAGS": f"{flags} {COUNT_FLAG}={devices}".strip(),
         "PJRT_NPROC": environ.get("PJRT_NPROC", str(max(16, 2 * devices))),
     }

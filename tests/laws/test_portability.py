@@ -69,7 +69,10 @@ def check(tmp_path, entry):
     assert losses(step, restored) == losses(step, placed)  # the same mesh, so bitwise
 
 
-@pytest.mark.parametrize("entry", pairwise.pairwise(FACTORS)[::4], ids=pairwise.label)
+SAMPLE = [entry for entry in pairwise.pairwise(FACTORS)[::4] if entry["engine"] == "opaque"]  # composed: the matrix
+
+
+@pytest.mark.parametrize("entry", SAMPLE, ids=pairwise.label)
 def test_any_layout_restores_into_another(tmp_path, entry):
     check(tmp_path, entry)
 

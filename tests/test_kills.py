@@ -1,0 +1,35 @@
+"""SIGKILL at any moment costs the steps since the last complete checkpoint, and nothing else."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KILLS = Path(__file__).parent / "kills.py"
+
+
+def killed(tmp_path, *words):
+    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-W", "error", str(KILLS), "--json", str(tmp_path / "found.json"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((tmp_path / "found.json").read_text())
+
+
+def test_a_killed_run_resumes_bitwise(tmp_path):
+    found = killed(tmp_path, "--kills", "3", "--steps", "60")
+    assert found["kills"] == 3
+    assert found["resumed"] >= 1
+    assert found["losses_compared"] >= 60
+
+
+@pytest.mark.slow
+def test_a_hundred_kills(tmp_path):
+    """Every loss of every life and every restored state are compared with the uninterrupted run's, bit by bit."""
+    found = killed(tmp_path, "--kills", "100")
+    assert found["kills"] == 100
+    assert found["resumed"] >= 50
+    assert found["with_a_half_written_checkpoint"] >= 10
