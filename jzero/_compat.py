@@ -65,6 +65,11 @@ def where(eqn: Any) -> str:
     return source_info_util.summarize(eqn.source_info)
 
 
+def is_backward(eqn: Any) -> bool:
+    """Whether differentiation made the equation for the backward pass, as its name stack says."""
+    return "transpose(" in str(eqn.source_info.name_stack)
+
+
 def rebind_remat(eqn: Any, fn: Callable[..., list[Any]], args: Sequence[Any]) -> list[Any]:
     """A `checkpoint` equation again, `fn` (of pytrees) its body; keeps `differentiated`, which alone makes its barrier real."""
     traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from jzero import _compat
 from jzero.audit import moved
 from jzero.gather.facts import Use, kept_use
 from jzero.stages import Stage
@@ -138,7 +139,12 @@ def opaque(stage: Stage, params: Sequence[tuple[int, Any, bool]], uses: Iterable
 def _apart(uses: Iterable[Use]) -> list[Use]:
     """Uses that need a gather of their own."""
     found: dict[Any, Use] = {}
+    before: Use | None = None
     for index, use in enumerate(uses):
+        at_once = before is not None and (before.leaf, before.level) == (use.leaf, use.level)
+        before = use
+        phase = use.in_remat or _compat.is_backward(use.eqn)
         shares = bool(use.level) or use.in_remat
-        found.setdefault((use.level, id(use.eqn.invars[use.operand])) if shares else index, use)
+        if not at_once:
+            found.setdefault((use.level, phase, id(use.eqn.invars[use.operand])) if shares else index, use)
     return list(found.values())

@@ -200,3 +200,33 @@ def test_a_gathered_weight_kept_from_forward_to_backward(target, loss, monkeypat
     with pytest.raises(jzero.StageNotAchieved, match="gathered weights are kept from forward to backward") as error:
         report(target, loss)
     assert "test_memory.py:" in str(error.value)
+
+
+def test_a_users_loop_over_microbatches_gathers_for_each_pass():
+    """Forward and backward uses stand in one loop body there, and must not share a gather."""
+
+    def own_step(state, x):
+        p, opt_state = state
+
+        def body(total, micro):
+            return jax.tree.map(jnp.add, total, jax.grad(unrolled)(p, micro)), None
+
+        grads, _ = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, p), x.reshape(2, -1, *x.shape[1:], order="F"))
+        updates, opt_state = TX.update(grads, opt_state, p)
+        return (optax.apply_updates(p, updates), opt_state), optax.tree.norm(grads)
+
+    def separate(p):  # a leaf for each layer, so that each is gathered by itself
+        return {"out": p["out"], **{f"{name}{index}": p[name][index] for name in ("up", "down") for index in range(LAYERS)}}
+
+    def unrolled(p, x):
+        h = x
+        for index in range(LAYERS):
+            h, _ = layer(h, {name: p[f"{name}{index}"] for name in ("up", "down")})
+        return jnp.mean((h @ p["out"]) ** 2)
+
+    step = jzero.shard(own_step, stage=3, strict=False)
+    p = jax.eval_shape(lambda: separate(params()))
+    found = step.report((p, jax.eval_shape(TX.init, p)), jax.ShapeDtypeStruct((64, 16, WIDTH), jnp.float32))
+    assert not any("kept from forward to backward" in line for line in found.findings), found.findings
+    gathers = found.wire_bytes["data"]["all-gather"]
+    assert gathers["measured"] == pytest.approx(gathers["formula"], rel=0.05)

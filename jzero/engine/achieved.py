@@ -196,8 +196,7 @@ def _kept_by_design(subject: Subject) -> set[int]:
     if subject.is_composed:
         last = kept_use(uses)
         return {size(last)} if last is not None else set()
-    outside = [use for use in uses if not use.level]
-    return {size(use) for use, after in itertools.pairwise(outside) if use.leaf == after.leaf}
+    return {size(use) for use, after in itertools.pairwise(uses) if (use.leaf, use.level) == (after.leaf, after.level)}
 
 
 def _names_no_axis(eqn: Any) -> bool:

@@ -40,36 +40,55 @@ class Constrained:
 
     def use(self, eqn: Any, values: Sequence[Any], needed: Sequence[bool], level: Level) -> list[Any]:
         roots = tuple(value.fact.root for value, need in zip(values, needed, strict=True) if need)
-        if not self._shares(roots, level):
-            values = self._apart_from_earlier_uses(values, needed, level)
-        out = [self._once(value, level, roots) if isinstance(value, Tracked) else value for value in values]
+        backward = _compat.is_backward(eqn)
+        at_once = level.in_remat or level.latest == roots
+        shared = [need and self._shares(value, level, backward, at_once) for value, need in zip(values, needed, strict=True)]
+        tied = self._tied(values, needed, shared, level, at_once)
+        out = [
+            self._once(value, moved, level, backward, share) for value, moved, share in zip(values, tied, shared, strict=True)
+        ]
         level.latest = roots
         level.used.update(roots)
         return _compat.bind(eqn, out)
 
-    def _shares(self, roots: tuple[int, ...], level: Level) -> bool:
-        """Inside a loop body or remat region one gather serves all uses, as a recomputed forward use and its backward use.
-        Outside, only a backward use that follows its forward use at once, as a language model's head does.
-        """
-        return bool(level.depth) or level.in_remat or level.latest == roots
+    def _shares(self, tracked: Tracked, level: Level, backward: bool, at_once: bool) -> bool:
+        """Whether a use takes the gather of an earlier one.
 
-    def _once(self, tracked: Tracked, level: Level, roots: tuple[int, ...]) -> Any:
-        key = id(tracked.parts)
-        if key not in level.gathered or not self._shares(roots, level):
-            level.gathered[key] = (tracked.parts, self.whole(tracked))
-        return level.gathered[key][1]
-
-    def _apart_from_earlier_uses(self, values: Sequence[Any], needed: Sequence[bool], level: Level) -> Sequence[Any]:
-        """A second use outside loops is mostly the backward pass. Tie its shard to the other operands, or the compiler merges
-        both gathers and the whole weight lives from forward to backward.
+        Inside a remat region one gather serves a recomputed forward use and its backward use, and outside one a backward use
+        that follows its forward use at once, as a language model's head does. Else uses share in a loop body, where they are
+        near, unless one is the forward pass's and one the backward pass's, as in a user's loop over microbatches.
         """
-        again = [need and value.fact.root in level.used for value, need in zip(values, needed, strict=True)]
+        earlier = level.gathered.get(id(tracked.parts))
+        return earlier is not None and (at_once or (bool(level.depth) and earlier[2] == backward))
+
+    def _once(self, value: Any, tied: Any, level: Level, backward: bool, share: bool) -> Any:
+        if not isinstance(value, Tracked):
+            return tied
+        if not share:
+            level.gathered[id(value.parts)] = (value.parts, self.whole(tied), backward)
+        return level.gathered[id(value.parts)][1]
+
+    def _tied(
+        self, values: Sequence[Any], needed: Sequence[bool], shared: Sequence[bool], level: Level, at_once: bool
+    ) -> Sequence[Any]:
+        """Shards tied to the use's other operands where the compiler would gather them elsewhere: merged with an earlier use's
+        gather, so that the whole weight lives from forward to backward, or moved out of a loop in which it is the same.
+        """
+
+        def strays(value: Any) -> bool:
+            again = value.fact.root in level.used and not at_once
+            return again or (bool(level.depth) and value.fact.root < level.num_constants)
+
+        tied = [
+            index
+            for index, (value, need, share) in enumerate(zip(values, needed, shared, strict=True))
+            if need and not share and value.fact.is_param and value.fact.is_split and strays(value)
+        ]
         others = [index for index, value in enumerate(values) if not isinstance(value, Tracked) and hasattr(value, "aval")]
-        if not any(again) or not others:
+        if not tied or not others:
             return values
-        tied = [index for index, flag in enumerate(again) if flag] + others
-        values, moved = list(values), jax.lax.optimization_barrier([_array(values[index]) for index in tied])
-        for index, value in zip(tied, moved, strict=True):
+        values, moved = list(values), jax.lax.optimization_barrier([_array(values[index]) for index in tied + others])
+        for index, value in zip(tied + others, moved, strict=True):
             values[index] = Tracked(values[index].fact, value) if isinstance(values[index], Tracked) else value
         return values
 

@@ -38,17 +38,20 @@ class Strategy(Protocol):
 class Level:
     """Where an equation stands: in how many loops, inside a remat region or not, and what was already used here."""
 
-    def __init__(self, depth: int = 0, in_remat: bool = False):
+    def __init__(self, depth: int = 0, in_remat: bool = False, num_constants: int = 0):
         self.depth, self.in_remat = depth, in_remat
+        self.num_constants = num_constants  # the first inputs of a loop's body are the same in every iteration
         self.latest: Any = None  # which parameter was used last, if nothing else was since
         self.used: set[Any] = set()
-        self.gathered: dict[int, tuple[Any, Any]] = {}  # id of a shard -> the shard itself, and its whole
+        self.gathered: dict[
+            int, tuple[Any, Any, bool]
+        ] = {}  # id of a shard -> the shard itself, its whole, and whether the backward pass's
 
-    def loop(self) -> "Level":
-        return Level(self.depth + 1, self.in_remat)
+    def loop(self, num_constants: int = 0) -> "Level":
+        return Level(self.depth + 1, self.in_remat, num_constants)
 
     def remat(self) -> "Level":
-        return Level(self.depth, True)
+        return Level(self.depth, True, self.num_constants)
 
 
 def run(strategy: Strategy, jaxpr: Any, values: Sequence[Any], level: Level) -> list[Any]:
@@ -132,7 +135,7 @@ def _scan(strategy: Strategy, eqn: Any, values: list[Any], transfer: Transfer, l
 
     def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
         inputs = strategy.enter_body(parts.body, wrap([*consts, *carry, *xs], entering))
-        out = run(strategy, parts.body, inputs, level.loop())
+        out = run(strategy, parts.body, inputs, level.loop(parts.num_consts))
         expected = (*entering[parts.num_consts : start], *(_stacked_inside(transfer.leaving[parts.num_carry :])))
         out = [strategy.leave_loop(value, fact) for value, fact in zip(out, expected, strict=True)]
         return out[: parts.num_carry], out[parts.num_carry :]
@@ -157,7 +160,7 @@ def _while(strategy: Strategy, eqn: Any, values: list[Any], transfer: Transfer, 
 
     def body(carry: list[Any]) -> list[Any]:
         inputs = strategy.enter_body(eqn.params["body_jaxpr"], wrap([*body_consts, *carry], entering))
-        out = run(strategy, eqn.params["body_jaxpr"], inputs, level.loop())
+        out = run(strategy, eqn.params["body_jaxpr"], inputs, level.loop(num_body))
         return [strategy.leave_loop(value, fact) for value, fact in zip(out, entering[num_body:], strict=True)]
 
     return wrap(jax.lax.while_loop(go_on, body, carry), transfer.leaving)
