@@ -2,7 +2,7 @@
 
 import os
 
-# The largest compiler measured took 1.7 GB (Llama 8B for 1,024 v5p chips, docs/log.md); twice that and some is safe.
+# The largest compiler measured took 2.0 GB (Llama 8B in float32 for 64 v5p chips, docs/log.md); twice that is safe.
 COMPILER_BYTES = 4 * 2**30
 _SHARE = 0.8  # of what is free
 
