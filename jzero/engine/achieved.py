@@ -226,13 +226,15 @@ def _gathered_wide(subject: Subject) -> Iterator[Fault]:
         return
     compute = np.dtype(subject.fn.policy.compute).itemsize
     least = subject.options.min_shard_elements
-    wide = [
-        subject.describe(one)
-        for one in subject.over_batch("all-gather")
-        if "shard_map" in one.op_name
-        and any(array.elements >= least and array.bytes > array.elements * compute for array in one.arrays)
-    ]
-    if wide:
+    wide, excess = [], 0
+    for one in subject.over_batch("all-gather"):
+        large = [array for array in one.arrays if array.elements >= least and array.bytes > array.elements * compute]
+        if "shard_map" in one.op_name and large:
+            wide.append(subject.describe(one))
+            extra = sum(array.bytes - array.elements * compute for array in large) * (one.count or 1)
+            excess += audit.moved(one.kind, extra, hlo.group_size(one.groups))
+    # Vectors that a model computes with in float32, as norms, may travel so: the compiler casts them before the gather.
+    if excess > _allowed(subject):
         name = np.dtype(subject.fn.policy.compute).name
         yield Fault(f"parameters are gathered wider than {name}", tuple(wide[:MOST_ROWS]), "Cast after the parameter's use.")
 
@@ -249,14 +251,19 @@ def _shuffled(subject: Subject) -> Iterator[Fault]:
         and (not subject.is_composed or "shard_map" in one.op_name)
     ]
     bytes_moved = sum(audit.moved(one.kind, one.full_bytes * (one.count or 1), hlo.group_size(one.groups)) for one in shuffles)
-    expected = sum(amount for kinds in subject.formula.values() for amount in kinds.values())
-    if bytes_moved > max(ALLOWED_SHARE * expected, SMALL_BYTES):
+    if bytes_moved > _allowed(subject):
         largest = sorted(shuffles, key=lambda one: -one.full_bytes * (one.count or 1))[:MOST_ROWS]
         yield Fault(
             f"{len(shuffles)} all-to-alls and permutes that nobody asked for move {bytes_moved:,} bytes",
             tuple(map(subject.describe, largest)),
             "Constrain the batch dim of the arrays made there.",
         )
+
+
+def _allowed(subject: Subject) -> float:
+    """Bytes per step that may move beside the formula."""
+    expected = sum(amount for kinds in subject.formula.values() for amount in kinds.values())
+    return max(ALLOWED_SHARE * expected, SMALL_BYTES)
 
 
 def place(sharding: Any) -> str:
