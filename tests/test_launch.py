@@ -27,17 +27,17 @@ def batch(rows):
 """
 
 
-def start(tmp_path, script, *options):
+def start(tmp_path, script, *options, words=()):
     (tmp_path / "train.py").write_text(script)
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "jzero.launch", *options, "train.py"]
+    command = [sys.executable, "-m", "jzero.launch", *options, "train.py", *words]
     return subprocess.Popen(
         command, cwd=tmp_path, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
 
 
-def run(tmp_path, script, *options):
-    job = start(tmp_path, script, *options)
+def run(tmp_path, script, *options, words=()):
+    job = start(tmp_path, script, *options, words=words)
     out, _ = job.communicate(timeout=120)
     return job.returncode, out
 
@@ -65,6 +65,18 @@ def test_restart_with_all_or_with_what_is_left(tmp_path, least, expected):
     code, out = run(tmp_path, script, "-n", "4", "--max-restarts", "1", "--backoff", "0.1", *options)
     assert code == 0, out
     assert re.findall(r"\[0\] of (\d)", out) == expected
+
+
+@pytest.mark.parametrize("peers", ["raise SystemExit(1)", "os.abort()"])
+def test_peers_that_fail_with_a_lost_rank_are_not_lost(tmp_path, peers):
+    """What a collective does on the others a moment after a rank is gone: three of four are left, not one."""
+    script = PLAIN + "print('of', os.environ['OMPI_COMM_WORLD_SIZE'])\nif again: sys.exit(0)\n"
+    script += "while time.time() < float(sys.argv[1]): time.sleep(0.001)\n"
+    script += f"if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\nif rank < 3: {peers}\ntime.sleep(100)"
+    options = ["-n", "4", "--max-restarts", "1", "--backoff", "0.1", "--min-processes", "3"]
+    code, out = run(tmp_path, script, *options, words=[str(time.time() + 5)])
+    assert code == 0, out
+    assert re.findall(r"\[0\] of (\d)", out) == ["4", "3"], out
 
 
 def test_restarts_are_limited(tmp_path):

@@ -79,19 +79,21 @@ class Supervisor:
         if self.told is not None:
             return await self._ended()
         if self._dead():
+            noticed = self._dead()
             await asyncio.sleep(_SETTLE_SECONDS)
-            return await self._died()
+            return await self._died(noticed)
         await ranks.gone(self.ranks, time.monotonic())
         return Outcome(0)
 
     def _dead(self) -> list[ranks.Rank]:
         return [rank for rank in self.ranks if rank.returncode]
 
-    async def _died(self) -> Outcome:
-        first = self._dead()
-        for rank in first:
+    async def _died(self, noticed: list[ranks.Rank]) -> Outcome:
+        dead = self._dead()
+        for rank in dead:
             say(f"rank {rank.number} of {len(self.ranks)} {codes.describe(rank.returncode or 0)}; ending the others")
-        hung = any(rank.returncode == codes.FAILED_TO_STEP for rank in first)
+        hung = any(rank.returncode == codes.FAILED_TO_STEP for rank in dead)
+        first = _lost(dead) or noticed
         if hung:
             await ranks.dump_stacks(self.ranks)
         for rank in ranks.alive(self.ranks):  # without a peer nothing can be saved: no grace
@@ -126,6 +128,11 @@ class Supervisor:
             say(f"{number.name}: passed to all ranks, which have {self.options.grace:g} s")
             self.told, self.deadline = number, time.monotonic() + self.options.grace
             self.woken.set()
+
+
+def _lost(dead: list[ranks.Rank]) -> list[ranks.Rank]:
+    """Those that a signal ended. Their peers may fail a moment later, with an exception or jax's abort, for they are gone."""
+    return [rank for rank in dead if (rank.returncode or 0) < 0 and rank.returncode != -signal.SIGABRT]
 
 
 def say(text: str) -> None:
