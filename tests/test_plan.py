@@ -370,6 +370,10 @@ def test_doctor_measures_this_machine():
     assert 1e7 < found.host_to_device < 1e13
     assert found.devices[0]["memory_kinds"]
     assert "Host to device" in str(found)
+    assert found.host_bytes > 2**30
+    assert found.device_to_device is not None  # eight simulated devices
+    assert found.device_to_device > 0
+    assert "Device to device" in str(found)
     json.dumps(found.to_dict())
 
 

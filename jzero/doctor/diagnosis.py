@@ -1,7 +1,9 @@
 """What this machine has: versions, devices, memory kinds, the speed between host and device, compilers for other devices."""
 
 import importlib.metadata
+import os
 import platform
+import resource
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,6 +30,9 @@ class Diagnosis:
     devices: list[dict[str, Any]]  # kind, platform, memory kinds, bytes where the device says
     host_to_device: float  # bytes per second
     device_to_host: float
+    device_to_device: float | None  # what one device receives in an all-gather, bytes per second; None: only one device
+    host_bytes: int  # memory of this machine
+    lockable_bytes: int | None  # of it, what this process may lock, as registering it with network cards does; None: all
     compilers: dict[str, str]  # "works", or the reason why not
     missing: list[str]  # each with the way to get it
 
@@ -37,6 +42,8 @@ class Diagnosis:
 
     def __str__(self) -> str:
         installed = ", ".join(f"{name} {version}" for name, version in self.versions.items() if version)
+        between = self.device_to_device
+        locked = "none" if self.lockable_bytes is None else human(self.lockable_bytes)
         kinds: dict[str, int] = {}
         for device in self.devices:
             said = f"{device['kind']} ({human(device['bytes'])}; memory kinds {', '.join(device['memory_kinds'])})"
@@ -46,6 +53,8 @@ class Diagnosis:
                 f"Python {self.python}; {installed}",
                 *(f"{number} x {said}" for said, number in kinds.items()),
                 f"Host to device {human(self.host_to_device)}/s, device to host {human(self.device_to_host)}/s, measured",
+                *([] if between is None else [f"Device to device {human(between)}/s received in an all-gather, measured"]),
+                f"Host memory {human(self.host_bytes)}, limit of locked memory (ulimit -l): {locked}",
                 *(f"Compiler for described {name} devices: {state}" for name, state in self.compilers.items()),
                 *(f"Missing: {line}" for line in self.missing),
                 *(() if self.missing else ("Nothing is missing.",)),
@@ -54,7 +63,7 @@ class Diagnosis:
 
 
 def doctor() -> Diagnosis:
-    """Look at this machine: versions, devices, transfers (64 MiB each way), and the compilers that need no device.
+    """Look at this machine: versions, devices, transfers of 64 MiB (each way, and gathered), compilers that need no device.
 
     Returns:
       A `Diagnosis`; its `missing` says what to install.
@@ -66,6 +75,7 @@ def doctor() -> Diagnosis:
     """
     versions = {name: _version(name) for name in PACKAGES}
     upload, download = bandwidth(jax.local_devices()[0])
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     compilers = {name: _try_compiler(target) for name, target in _COMPILERS.items()}
     return Diagnosis(
         python=platform.python_version(),
@@ -73,6 +83,9 @@ def doctor() -> Diagnosis:
         devices=[_device(one) for one in jax.local_devices()],
         host_to_device=upload,
         device_to_host=download,
+        device_to_device=between_devices(jax.local_devices()),
+        host_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        lockable_bytes=None if locked == resource.RLIM_INFINITY else locked,
         compilers=compilers,
         missing=missing(versions, compilers),
     )
@@ -91,6 +104,23 @@ def bandwidth(device: jax.Device) -> tuple[float, float]:
         down.append(time.perf_counter() - start)
         there.delete()
     return rows.nbytes / min(up), rows.nbytes / min(down)
+
+
+def between_devices(devices: list[jax.Device]) -> float | None:
+    """Bytes per second that each device receives in an all-gather of 64 MiB, the best of a few."""
+    if len(devices) == 1:
+        return None
+    mesh = jax.sharding.Mesh(np.array(devices), "data")
+    split, whole = (jax.NamedSharding(mesh, jax.P(*names)) for names in (["data"], []))
+    size = _TRANSFER_BYTES // 4 // len(devices) * len(devices)
+    rows = jax.jit(lambda: jax.numpy.arange(size, dtype=np.int32), out_shardings=split)()
+    gather = jax.jit(lambda rows: rows, out_shardings=whole).lower(rows).compile()
+    seconds = []
+    for _ in range(_NUM_TRIES):
+        start = time.perf_counter()
+        jax.block_until_ready(gather(rows))
+        seconds.append(time.perf_counter() - start)
+    return rows.nbytes * (len(devices) - 1) / len(devices) / min(seconds)
 
 
 def missing(versions: dict[str, str | None], compilers: dict[str, str]) -> list[str]:
