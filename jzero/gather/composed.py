@@ -57,7 +57,8 @@ class Differentiable:
         facts = [value.fact if isinstance(value, Tracked) else None for value in values]
 
         def apply(*parts: Any) -> list[Any]:
-            args = [part if fact is None else self._whole(part, fact) for part, fact in zip(parts, facts, strict=True)]
+            tied = self._inside_the_loop(parts, values, level)
+            args = [part if fact is None else self._whole(part, fact) for part, fact in zip(tied, facts, strict=True)]
             return _compat.bind(eqn, args)
 
         parts = [value.parts if isinstance(value, Tracked) else value for value in values]
@@ -66,6 +67,23 @@ class Differentiable:
         if level.in_remat or not gathers or eqn.effects or kept:
             return apply(*parts)
         return jax.checkpoint(apply, prevent_cse=level.depth == 0)(*parts)
+
+    def _inside_the_loop(self, parts: Sequence[Any], values: Sequence[Any], level: Level) -> Sequence[Any]:
+        """Shards that are the same in every iteration, tied to the use's other operands so that their gathers stay in the loop:
+        moved out, those of the forward and the backward loop would merge, and the weight live whole from one to the other.
+        """
+        constant = [isinstance(value, Tracked) and value.parts.whole is None and level.is_constant(value) for value in values]
+        others = [not isinstance(value, Tracked) and hasattr(value, "aval") for value in values]
+        if not any(constant) or not any(others):
+            return parts
+        shards = [part.shard for part, is_constant in zip(parts, constant, strict=True) if is_constant]
+        rest = [part for part, is_other in zip(parts, others, strict=True) if is_other]
+        shards, rest = map(iter, jax.lax.optimization_barrier((shards, rest)))
+
+        def tied(part: Any, is_constant: bool, is_other: bool) -> Any:
+            return part._replace(shard=next(shards)) if is_constant else next(rest) if is_other else part
+
+        return [tied(*item) for item in zip(parts, constant, others, strict=True)]
 
     def whole(self, tracked: Tracked) -> Any:
         return self._whole(tracked.parts, tracked.fact)

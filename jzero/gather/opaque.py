@@ -77,7 +77,7 @@ class Constrained:
 
         def strays(value: Any) -> bool:
             again = value.fact.root in level.used and not at_once
-            return again or (bool(level.depth) and value.fact.root < level.num_constants)
+            return again or level.is_constant(value)
 
         tied = [
             index

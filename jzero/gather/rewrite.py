@@ -50,6 +50,10 @@ class Level:
     def loop(self, num_constants: int = 0) -> "Level":
         return Level(self.depth + 1, self.in_remat, num_constants)
 
+    def is_constant(self, tracked: Tracked) -> bool:
+        """Whether it is the same in every iteration of the loop here, so that the compiler may move its gather out."""
+        return bool(self.depth) and tracked.fact.root < self.num_constants
+
     def remat(self) -> "Level":
         return Level(self.depth, True, self.num_constants)
 
@@ -135,7 +139,9 @@ def _scan(strategy: Strategy, eqn: Any, values: list[Any], transfer: Transfer, l
 
     def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
         inputs = strategy.enter_body(parts.body, wrap([*consts, *carry, *xs], entering))
-        out = run(strategy, parts.body, inputs, level.loop(parts.num_consts))
+        # Compilers dissolve a loop of one iteration: what stands in it stands outside.
+        inside = level.loop(parts.num_consts) if parts.length > 1 else Level(level.depth, level.in_remat)
+        out = run(strategy, parts.body, inputs, inside)
         expected = (*entering[parts.num_consts : start], *(_stacked_inside(transfer.leaving[parts.num_carry :])))
         out = [strategy.leave_loop(value, fact) for value, fact in zip(out, expected, strict=True)]
         return out[: parts.num_carry], out[parts.num_carry :]
