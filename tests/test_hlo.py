@@ -338,3 +338,34 @@ def test_axis_of_a_permute_and_a_part():
     assert hlo.axis_of(((0, 1), (1, 2), (4, 5)), mesh) == "data"
     assert hlo.axis_of(((0, 1), (2, 3)), mesh) == "data"
     assert hlo.axis_of(((0, 4),), mesh) == "replica"
+
+
+COMBINED = """HloModule m, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+ENTRY %e (p: f32[8,4], q: f32[16], i: s32[]) -> (f32[2,4], f32[16]) {
+  %p = f32[8,4]{1,0} parameter(0)
+  %q = f32[16]{0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %both = (f32[8,4]{1,0}, f32[16]{0}) all-reduce(%p, %q), channel_id=1, replica_groups={{0,1,2,3}}, use_global_device_ids=true, to_apply=%add
+  %whole.p = f32[8,4]{1,0} get-tuple-element(%both), index=0
+  %whole.q = f32[16]{0} get-tuple-element(%both), index=1
+  %piece = f32[2,4]{1,0} dynamic-slice(%whole.p, %i, %zero), dynamic_slice_sizes={2,4}
+  ROOT %out = (f32[2,4]{1,0}, f32[16]{0}) tuple(%piece, %whole.q)
+}
+"""  # noqa: E501
+
+
+def test_a_combined_reduction_is_told_apart_array_by_array():
+    """As the v5e compiler writes gradients: matrices of which each device keeps a piece, and vectors that stay whole."""
+    found = hlo.collectives(hlo.parse(COMBINED), 4)
+    assert [(one.kind, one.meaning, one.elements, one.full_bytes) for one in found] == [
+        ("all-reduce", "reduce-scatter", 32, 128),
+        ("all-reduce", "all-reduce", 16, 64),
+    ]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jzero.hlo.groups import Groups, decode, decode_pairs, group_size
 from jzero.hlo.loops import trip_count
-from jzero.hlo.meaning import Kind, beside_windowed, is_sliced, scatter_fusion, windowed
+from jzero.hlo.meaning import Kind, beside_windowed, is_sliced, scatter_fusion, sliced_arrays, windowed
 from jzero.hlo.text import Computation, Instruction, Module, Shape, attribute, called
 
 _KINDS: dict[str, Kind] = {
@@ -101,7 +101,7 @@ def _walk(place: _Place) -> list[Collective]:
 
 def _of(instruction: Instruction, place: _Place) -> Iterable[Collective]:
     if instruction.opcode.removesuffix("-start") in _KINDS:
-        return [_collective(instruction, place)]
+        return _apart(_collective(instruction, place), instruction, place)
     follow = _FOLLOW.get(instruction.opcode)
     return follow(instruction, place) if follow else []
 
@@ -160,6 +160,22 @@ def _collective(instruction: Instruction, place: _Place) -> Collective:
         meaning=_meaning(kind, instruction, group_size(groups), place),
         chain=_chain(instruction, place),
     )
+
+
+def _apart(whole: Collective, instruction: Instruction, place: _Place) -> list[Collective]:
+    """An all-reduce of several arrays as two: for those of which each device keeps a piece, and for the others."""
+    if whole.kind != "all-reduce" or whole.meaning != whole.kind:
+        return [whole]
+    flags = sliced_arrays(instruction, place.home, place.module, group_size(whole.groups))
+    if not any(flags) or len(flags) != len(whole.arrays):
+        return [whole]
+    halves = []
+    for flag, meaning in ((True, "reduce-scatter"), (False, "all-reduce")):
+        arrays = tuple(array for array, sliced in zip(whole.arrays, flags, strict=True) if sliced == flag)
+        size = sum(array.bytes for array in arrays)
+        dtype = "+".join(dict.fromkeys(array.dtype for array in arrays))
+        halves += [whole._replace(arrays=arrays, dtype=dtype, result_bytes=size, meaning=meaning)] if arrays else []
+    return halves
 
 
 def _meaning(kind: Kind, instruction: Instruction, num_members: int, place: _Place) -> Kind:

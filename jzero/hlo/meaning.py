@@ -33,6 +33,24 @@ def is_sliced(reduction: Instruction, home: Computation, module: Module, group_s
     return _all_slice(reduction.name, _Inside(home), module, group_size)
 
 
+def sliced_arrays(reduction: Instruction, home: Computation, module: Module, group_size: int) -> tuple[bool, ...]:
+    """`is_sliced` for each array of a reduction that combines several."""
+    if reduction.shape.dtype != "tuple":
+        return (is_sliced(reduction, home, module, group_size),)
+    every = home.instructions.values()
+    results = {
+        reduction.name,
+        *(one.name for one in every if one.opcode.endswith("-done") and one.operands[0] == reduction.name),
+    }
+    parts = [one for one in every if one.opcode == "get-tuple-element" and one.operands[0] in results]
+
+    def sliced(index: int) -> bool:
+        readers = [part for part in parts if attribute(part, "index") == str(index)]
+        return bool(readers) and all(_all_slice(part.name, _Inside(home), module, group_size) for part in readers)
+
+    return tuple(sliced(index) for index in range(len(reduction.shape.parts)))
+
+
 def scatter_fusion(instruction: Instruction) -> bool:
     """Whether a fusion is the TPU compiler's `all-reduce-scatter`: an all-reduce and its slice in one operation."""
     return "all-reduce-scatter" in instruction.name + (attribute(instruction, "calls") or "")

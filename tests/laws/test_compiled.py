@@ -28,7 +28,7 @@ TRAFFIC = {
     ("h100:2x8", "composed", 2, 4): [Spelling(False, True, False)],
     ("h100:2x8", "opaque", 3, 1): [Spelling(True, False, True), Spelling(False, True, False)],
     ("v5e:4x4", "composed", 3, 1): [Spelling(True, False, False)],
-    ("v5e:4x4", "composed", 1, 4): [],
+    ("v5e:4x4", "composed", 1, 4): [Spelling(True, False, True)],
     ("v5e:4x4", "opaque", 3, 1): [Spelling(True, True, True)],
 }
 
