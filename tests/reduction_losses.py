@@ -1,11 +1,15 @@
 """Losses as users write them, by what a mean or a sum over shards makes of them: `MEANS`, `SUMS` and `MIXED`."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+
+from jzero.reduction import Verdict, analyze
 
 B, T, V, D = 12, 4, 5, 3  # 2 and 3 divide B; no other size is a multiple of it
 
@@ -34,6 +38,19 @@ def make_batch() -> dict:
         "mask": jnp.asarray(rng.integers(0, 2, (B, T)), bool),
         "length": jnp.asarray(rng.integers(1, T + 1, B), jnp.int32),
     }
+
+
+def verdict_of(loss: Callable, params, batch, *, rng=None, factor: int = 2, size: int | None = None) -> Verdict:
+    """`analyze` for a loss of trees, of which only shapes are used. `size`: another batch size."""
+    extra = () if rng is None else (rng,)
+    tree, treedef = jax.tree.flatten((params, *extra, batch))
+    is_batch = [True] * len(jax.tree.leaves(batch))
+    is_batch = [False] * (len(tree) - len(is_batch)) + is_batch
+    args = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in tree]
+    if size is not None:
+        args = [jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype) if b else a for a, b in zip(args, is_batch, strict=True)]
+    flat = lambda *leaves: jax.tree.leaves(loss(*jax.tree.unflatten(treedef, leaves)))
+    return analyze(flat, args, [0 if b else None for b in is_batch], factor=factor)
 
 
 ce = optax.softmax_cross_entropy_with_integer_labels

@@ -15,7 +15,7 @@ from jzero._errors import StageNotAchieved, columns, explain
 from jzero._tree import num_elements, short
 from jzero.engine import memory
 from jzero.engine.layout import Layout, Options, Trace
-from jzero.gather.facts import Reading, Use, kept_use
+from jzero.gather.facts import Use, kept_use
 from jzero.mesh import batch_axes, describe
 from jzero.step import TrainStep
 
@@ -47,6 +47,7 @@ class Subject(NamedTuple):
     compiled: Any
     measured: audit.Audit
     formula: traffic.Table
+    uses: list[Use]  # of parameters, in the program's order
 
     @property
     def is_composed(self) -> bool:
@@ -55,10 +56,6 @@ class Subject(NamedTuple):
     @property
     def platform(self) -> str:
         return self.options.mesh.devices.flat[0].platform
-
-    def uses(self) -> list[Use]:
-        reading = Reading(not self.is_composed, dict(self.options.mesh.shape))
-        return list(reading.uses(self.trace.jaxpr, self.trace.facts)) if self.trace.jaxpr is not None else []
 
     def over_batch(self, *kinds: str) -> list[hlo.Collective]:
         """Collectives of these kinds, as meant, between devices that differ in their data."""
@@ -142,15 +139,14 @@ def _gathered_outside_its_use(subject: Subject) -> Iterator[Fault]:
     """Stage 3: no parameter is whole but where it is used, so no stack of layers is whole at all."""
     if subject.options.stage.gather != "use":
         return
-    uses = subject.uses()
+    uses = subject.uses
     rows = [
         f"{subject.layout.placements[use.leaf].leaf.path}   replicated by the constraint at {_compat.where(use.eqn)}"
         for use in uses
         if use.eqn.primitive.name == "sharding_constraint" and not use.level and _names_no_axis(use.eqn)
     ]
-    used = {
-        num_elements(use.eqn.invars[use.operand].aval) for use in uses
-    }  # a slice of one leaf may be as large as another's stack
+    # A slice of one leaf may be as large as another's stack.
+    used = {num_elements(use.eqn.invars[use.operand].aval) for use in uses}
     stacks = {}
     for use in uses:
         size = num_elements(subject.layout.avals[use.leaf])
@@ -191,7 +187,7 @@ def _kept_whole(subject: Subject) -> Iterator[Fault]:
 
 def _kept_by_design(subject: Subject) -> set[int]:
     """Elements of the parameters that are used forward and at once backward."""
-    uses = subject.uses()
+    uses = subject.uses
     size = lambda use: num_elements(use.eqn.invars[use.operand].aval)
     if subject.is_composed:
         last = kept_use(uses)

@@ -24,12 +24,15 @@ from jzero.step import params as parameters
 def subject(fn: Any, layout: Layout, options: Options, trace: Trace, compiled: Any) -> Subject:
     """A compiled step with what was measured on it and what its stage promises."""
     measured = audits.audit(compiled, options.mesh)
-    return Subject(fn, layout, options, trace, compiled, measured, _formula(fn, layout, options, trace))
+    reading = Reading(not isinstance(fn, TrainStep), dict(options.mesh.shape))
+    uses = list(reading.uses(trace.jaxpr, trace.facts)) if trace.jaxpr is not None else []
+    formula = _formula(fn, layout, options, trace, uses)
+    return Subject(fn, layout, options, trace, compiled, measured, formula, uses)
 
 
 def report(subject: Subject, faults: Sequence[str], batch: tuple[Any, ...], num_compiled: int) -> Report:
     """The report of one compiled program; `faults` are the promises that it breaks."""
-    fn, layout, options, trace, compiled, measured, formula = subject
+    fn, layout, options, trace, compiled, measured, formula, _ = subject
     in_shardings = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda leaf: isinstance(leaf, jax.sharding.Sharding))
     resting = _resting(layout, batch, in_shardings[: len(layout.avals)], options)
     reused = measured.parameters[-len(in_shardings) :][: len(layout.avals)]
@@ -85,11 +88,9 @@ def _num_shards(spec: PartitionSpec, options: Options) -> int:
     return axis_size(options.mesh, names)
 
 
-def _formula(fn: Any, layout: Layout, options: Options, trace: Trace) -> traffic.Table:
+def _formula(fn: Any, layout: Layout, options: Options, trace: Trace, uses: list[Any]) -> traffic.Table:
     if options.mesh.size == 1:
         return {}
-    reading = Reading(not isinstance(fn, TrainStep), dict(options.mesh.shape))
-    uses = list(reading.uses(trace.jaxpr, trace.facts)) if trace.jaxpr is not None else []
     return _composed(fn, layout, options, trace, uses) if isinstance(fn, TrainStep) else _opaque(layout, options, uses)
 
 

@@ -43,7 +43,7 @@ def _known(subject: Subject) -> dict[int, dict[str, set[str]]]:
     for placement, aval in zip(subject.layout.placements, subject.layout.avals, strict=True):
         if placement.leaf.role == "params":
             known[num_elements(aval)][""].add(placement.leaf.path)
-    for use in subject.uses():
+    for use in subject.uses:
         size, line = num_elements(use.eqn.invars[use.operand].aval), _compat.where(use.eqn).split(" ")[0]
         known[size][line.rsplit("/", 1)[-1]].add(subject.layout.placements[use.leaf].leaf.path)
     return {size: dict(lines) for size, lines in known.items()}

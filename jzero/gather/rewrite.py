@@ -43,9 +43,8 @@ class Level:
         self.num_constants = num_constants  # the first inputs of a loop's body are the same in every iteration
         self.latest: Any = None  # which parameter was used last, if nothing else was since
         self.used: set[Any] = set()
-        self.gathered: dict[
-            int, tuple[Any, Any, bool]
-        ] = {}  # id of a shard -> the shard itself, its whole, and whether the backward pass's
+        # id of a shard -> the shard itself, its whole, and whether that was made for the backward pass
+        self.gathered: dict[int, tuple[Any, Any, bool]] = {}
 
     def loop(self, num_constants: int = 0) -> "Level":
         return Level(self.depth + 1, self.in_remat, num_constants)
