@@ -118,10 +118,21 @@ def wire(found: Iterable[Collective], mesh: jax.sharding.Mesh, *, elements: bool
     for one in found:
         if hlo.group_size(one.groups) > 1:
             amount = (one.elements if elements else one.full_bytes) * (1 if one.count is None else one.count)
-            table[hlo.axis_of(one.groups, mesh)][meaning(one) if as_meant else one.kind] += moved(
-                meaning(one) if as_meant and one.kind == "all-reduce" else one.kind, amount, hlo.group_size(one.groups)
-            )
+            kind = _counted_as(one) if as_meant else one.kind
+            name = meaning(one) if as_meant else one.kind
+            table[hlo.axis_of(one.groups, mesh)][name] += moved(kind, amount, hlo.group_size(one.groups))
     return {axis: dict(kinds) for axis, kinds in table.items()}
+
+
+def wire_bytes(one: Collective) -> int:
+    """Bytes that one collective moves over a device's link in a step, counted as meant; in an unknown loop once."""
+    times = 1 if one.count is None else one.count
+    return moved(_counted_as(one), one.full_bytes * times, hlo.group_size(one.groups))
+
+
+def _counted_as(one: Collective) -> str:
+    """An all-reduce moves what it stands for; what permutes do piece by piece, they move themselves."""
+    return meaning(one) if one.kind == "all-reduce" else one.kind
 
 
 def meaning(one: Collective) -> str:

@@ -170,8 +170,7 @@ def _kept_whole(subject: Subject) -> Iterator[Fault]:
     """
     if subject.options.stage.gather != "use":
         return
-    allowed = _kept_by_design(subject)
-    found = memory.kept(subject.measured.memory, lambda elements: elements in allowed)
+    found = memory.kept(subject.measured.memory, _kept_by_design(subject))
     rows = [
         f"{buffer.shape} ({buffer.bytes:,} bytes, {buffer.instruction}) from {buffer.source or buffer.op_name}"
         for buffer in sorted(found, key=lambda buffer: -buffer.bytes)

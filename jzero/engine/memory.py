@@ -1,6 +1,6 @@
 """What a step's memory is for: at its peak by buffer, and over the step by role."""
 
-from collections.abc import Callable
+from collections.abc import Container
 from functools import partial
 from typing import Any
 
@@ -59,11 +59,11 @@ def _is_for(name: str, buffer: hlo.Buffer) -> bool:
     return purpose(buffer) == name
 
 
-def kept(found: hlo.Liveness, allowed: Callable[[int], bool]) -> list[hlo.Buffer]:
+def kept(found: hlo.Liveness, allowed: Container[int]) -> list[hlo.Buffer]:
     """Gathered weights that the forward pass leaves whole for the backward pass, one layer or a stack of them.
 
     Args:
-      allowed: whether a whole weight of that many elements may be kept: the last use's, whose backward pass comes next.
+      allowed: elements of the weights that may stay whole: the last use's, whose backward pass comes next.
     """
     return [
         buffer
@@ -72,5 +72,5 @@ def kept(found: hlo.Liveness, allowed: Callable[[int], bool]) -> list[hlo.Buffer
         and purpose(buffer) == GATHERED
         and not is_backward(buffer.op_name)
         and is_backward(buffer.last_read)
-        and not allowed(buffer.elements)
+        and buffer.elements not in allowed
     ]

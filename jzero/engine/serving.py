@@ -20,8 +20,7 @@ def collectives(subject: Subject) -> list[dict[str, Any]]:
 
 
 def _row(one: hlo.Collective, subject: Subject, known: dict[int, dict[str, set[str]]]) -> dict[str, Any]:
-    axis, members = hlo.axis_of(one.groups, subject.options.mesh), hlo.group_size(one.groups)
-    kind = audit.meaning(one)
+    axis, kind = hlo.axis_of(one.groups, subject.options.mesh), audit.meaning(one)
     over_batch = set(axis.split("+")) <= set(batch_axes(subject.options.mesh))
     return {
         "kind": kind,
@@ -30,7 +29,7 @@ def _row(one: hlo.Collective, subject: Subject, known: dict[int, dict[str, set[s
         "dtype": one.dtype,
         "arrays": [f"{array.dtype}[{','.join(map(str, array.dims))}]" for array in one.arrays],
         "times": one.count,
-        "wire_bytes": audit.moved(kind if one.kind == "all-reduce" else one.kind, one.full_bytes * (one.count or 1), members),
+        "wire_bytes": audit.wire_bytes(one),
         "loop_depth": one.loop_depth,
         "serves": _serves(one, known) if over_batch and kind in KINDS else [],
         "source": one.source,

@@ -1,6 +1,5 @@
 """`jzero.plan`: what a user's own step would need on devices that are not there."""
 
-import math
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jzero import audit
 from jzero._errors import explain
 from jzero.mesh import describe, make_mesh
 from jzero.plan import refused
@@ -122,7 +122,7 @@ def _resting_bytes(step: ShardedStep, state: Any) -> int:
     """The state on one device."""
     leaves, places = jax.tree.leaves(state), jax.tree.leaves(step.shardings(state))
     arrays = [(leaf, place) for leaf, place in zip(leaves, places, strict=True) if hasattr(leaf, "dtype")]
-    return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in arrays)
+    return audit.bytes_at_rest([leaf for leaf, _ in arrays], [place for _, place in arrays])
 
 
 def _where(error: BaseException) -> str:
