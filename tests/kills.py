@@ -31,6 +31,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent / "
 import jax
 import numpy as np
 import tiny
+import xxhash
 
 import jzero
 
@@ -102,8 +103,8 @@ def damaged(folder):
         try:
             listed = json.loads((arrays / "checksums.json").read_text())
             whole = (arrays.parent / "jzero" / "metadata").exists()
-            sums = {name: hashlib.sha256((arrays / name).read_bytes()).hexdigest() for name in listed}
-            whole = whole and sums == {name: entry["sha256"] for name, entry in listed.items()}
+            sums = {name: xxhash.xxh3_128((arrays / name).read_bytes()).hexdigest() for name in listed}
+            whole = whole and sums == {name: entry["xxh3_128"] for name, entry in listed.items()}
         except OSError as error:
             whole = error.filename
         found += [] if whole is True else [f"checkpoint {number} is visible and not whole ({whole})"]

@@ -25,9 +25,8 @@ def items(state: Any, *, step: ShardedStep | None, number: int | None = None, da
     leaves = zip(naming.names(arrays), jax.tree.leaves(arrays), strict=True)
     tree = naming.nest({name: naming.to_disk(leaf) for name, leaf in leaves})
     beside = notes.write(state, step=step, number=number, data=data)
-    return ocp.args.Composite(
-        state=checksums.SaveArgs(tree, ocdbt_target_data_file_size=checksums.DATA_FILE_BYTES), jzero=ocp.args.JsonSave(beside)
-    )
+    saved = checksums.SaveArgs(tree, ocdbt_target_data_file_size=checksums.DATA_FILE_BYTES)
+    return ocp.args.Composite(state=saved, jzero=ocp.args.JsonSave(beside))
 
 
 def _check_alive(arrays: Any) -> None:
