@@ -46,7 +46,7 @@ class Wire(NamedTuple):
 
 
 class Param(NamedTuple):
-    """One parameter leaf as the formula sees it."""
+    """One parameter leaf as the formula sees it; of a leaf that other axes split too, the piece that one device holds."""
 
     num_elements: int
     is_split: bool
@@ -93,7 +93,7 @@ def _by_leaf(stage: Stage, params: Sequence[Param], uses: list[Use], num_micro: 
     levels: dict[tuple[int, tuple[int, ...]], int] = {}
     kept = kept_use(uses)
     for use in uses:
-        size = elements(use) * use.trips * num_micro
+        size = use.num_elements * use.trips * num_micro
         if stage.gather == "use":
             gathered[use.leaf] += size * (1 if use is kept else num_gathers(use))
         key = (use.leaf, use.level)  # uses that share a level are collected and reduced once
@@ -102,14 +102,6 @@ def _by_leaf(stage: Stage, params: Sequence[Param], uses: list[Use], num_micro: 
         for (leaf, _), size in levels.items():
             reduced[leaf] += size
     return gathered, reduced
-
-
-def elements(use: Use) -> int:
-    """Of the whole operand."""
-    total = 1
-    for size in use.eqn.invars[use.operand].aval.shape:
-        total *= size
-    return total
 
 
 def num_gathers(use: Use) -> int:
@@ -131,7 +123,7 @@ def opaque(stage: Stage, params: Sequence[tuple[int, Any, bool]], uses: Iterable
         if is_split and stage.gather == "step":
             kinds["all-gather"] += moved("all-gather", size * jnp.dtype(dtype).itemsize, num_shards)
     for use in _apart(uses) if stage.gather == "use" else ():
-        size = elements(use) * use.trips * use.eqn.invars[use.operand].aval.dtype.itemsize
+        size = use.num_elements * use.trips * use.eqn.invars[use.operand].aval.dtype.itemsize
         kinds["all-gather"] += moved("all-gather", size, num_shards)
     return {"data": dict(kinds)} if num_shards > 1 else {}
 

@@ -6,10 +6,14 @@
     reduce(whole, split, dtype)     sum over the axis, each device its shard     wire: (N-1)/N of the whole, in `dtype`
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Split = tuple[Any, ...]
@@ -27,19 +31,44 @@ class Comm(Protocol):
 
 @dataclass(frozen=True)
 class Manual:
-    """Inside `shard_map` over `axis`: every value is one device's piece, every collective is written out."""
+    """Inside `shard_map` over `axis`: every value is one device's piece, every collective is written out.
+
+    A split may also name axes that are Auto there (`tensor`): each of their devices then sends its own piece. Left to the
+    partitioner, a value split over `tensor` is first gathered whole for a collective over `data`, and split again after it.
+
+    `widens`: sums of bfloat16 are said in float32. XLA:CPU does that to all of them, and ends the process where Auto axes stand
+    beside the manual ones (jax 0.11.2).
+    """
 
     axis: str = "data"
+    widens: bool = False
 
     @property
     def is_local(self) -> bool:
         return True
 
     def gather(self, shard: jax.Array, split: Split) -> jax.Array:
-        return jax.lax.all_gather(shard, self.axis, axis=self._dim(split), tiled=True)
+        gather = partial(jax.lax.all_gather, axis_name=self.axis, axis=self._dim(split), tiled=True)
+        return self._piece_by_piece(gather, shard, split)
 
     def reduce(self, whole: jax.Array, split: Split, dtype: Any) -> jax.Array:
-        return jax.lax.psum_scatter(whole.astype(dtype), self.axis, scatter_dimension=self._dim(split), tiled=True)
+        scatter = partial(jax.lax.psum_scatter, axis_name=self.axis, scatter_dimension=self._dim(split), tiled=True)
+        return self._piece_by_piece(scatter, whole.astype(self.sum_dtype(dtype)), split).astype(dtype)
+
+    def sum_dtype(self, dtype: Any) -> Any:
+        """What a sum that was asked for in `dtype` is computed and sent in."""
+        return jnp.float32 if self.widens and jnp.dtype(dtype) == jnp.bfloat16 else dtype
+
+    def _piece_by_piece(self, collective: Callable[[jax.Array], jax.Array], value: jax.Array, split: Split) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        entries = [None if entry == self.axis else entry for entry in split]
+        dims = zip(entries, value.shape, strict=True)
+        spec = [entry if size % _num_parts(entry, mesh) == 0 else None for entry, size in dims]
+        axes = frozenset(name for entry in spec for name in _names(entry))
+        if not axes:
+            return collective(value)
+        place = PartitionSpec(*spec)
+        return jax.shard_map(collective, in_specs=place, out_specs=place, axis_names=axes, check_vma=False)(value)
 
     def _dim(self, split: Split) -> int:
         return next(dim for dim, entry in enumerate(split) if entry == self.axis)
@@ -71,7 +100,15 @@ def without(split: Split, axis: str) -> Split:
     """The split with `axis` gathered and every other axis kept."""
 
     def keep(entry: Any) -> Any:
-        names = tuple(name for name in ((entry,) if isinstance(entry, str) else entry or ()) if name != axis)
+        names = tuple(name for name in _names(entry) if name != axis)
         return names[0] if len(names) == 1 else names or None
 
     return tuple(map(keep, split))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _num_parts(entry: Any, mesh: Any) -> int:
+    return math.prod(mesh.shape[name] for name in _names(entry))

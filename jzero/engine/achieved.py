@@ -12,7 +12,7 @@ import numpy as np
 
 from jzero import _compat, audit, hlo, traffic
 from jzero._errors import StageNotAchieved, columns, explain
-from jzero._tree import num_elements, short
+from jzero._tree import short
 from jzero.engine import memory
 from jzero.engine.layout import Layout, Options, Trace
 from jzero.gather.facts import Use, kept_use
@@ -146,10 +146,10 @@ def _gathered_outside_its_use(subject: Subject) -> Iterator[Fault]:
         if use.eqn.primitive.name == "sharding_constraint" and not use.level and _names_no_axis(use.eqn)
     ]
     # A slice of one leaf may be as large as another's stack.
-    used = {num_elements(use.eqn.invars[use.operand].aval) for use in uses}
+    used = {use.num_elements for use in uses}
     stacks = {}
     for use in uses:
-        size = num_elements(subject.layout.avals[use.leaf])
+        size = subject.layout.num_elements(use.leaf)
         if use.level and size not in used:
             stacks.setdefault(size, subject.layout.placements[use.leaf].leaf.path)
     for one in subject.over_batch("all-gather"):
@@ -187,11 +187,10 @@ def _kept_whole(subject: Subject) -> Iterator[Fault]:
 def _kept_by_design(subject: Subject) -> set[int]:
     """Elements of the parameters that are used forward and at once backward."""
     uses = subject.uses
-    size = lambda use: num_elements(use.eqn.invars[use.operand].aval)
     if subject.is_composed:
         last = kept_use(uses)
-        return {size(last)} if last is not None else set()
-    return {size(use) for use, after in itertools.pairwise(uses) if (use.leaf, use.level) == (after.leaf, after.level)}
+        return {last.num_elements} if last is not None else set()
+    return {use.num_elements for use, after in itertools.pairwise(uses) if (use.leaf, use.level) == (after.leaf, after.level)}
 
 
 def _names_no_axis(eqn: Any) -> bool:
@@ -204,8 +203,9 @@ def _reduced_in_a_loop(subject: Subject) -> Iterator[Fault]:
     if subject.options.stage.reduce != "step" or (subject.is_composed and not subject.trace.manual):
         return  # a loss whose examples meet is reduced in every microbatch by its meaning: a finding names it
     inside = [one for one in subject.over_batch("all-reduce", "reduce-scatter") if one.loop_depth and one.count]
-    placements = zip(subject.layout.placements, subject.layout.avals, strict=True)
-    num_params = sum(num_elements(aval) for placement, aval in placements if placement.leaf.role == "params")
+    layout = subject.layout
+    of_params = (index for index, placement in enumerate(layout.placements) if placement.leaf.role == "params")
+    num_params = sum(map(layout.num_elements, of_params))
     if sum(one.elements * (one.count or 1) for one in inside) > REPEATED * num_params:
         largest = sorted(inside, key=lambda one: -one.elements * (one.count or 1))[:MOST_ROWS]
         yield Fault(

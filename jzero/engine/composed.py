@@ -144,27 +144,29 @@ class Gradients:
         return jax.tree.unflatten(self.treedef, leaves)
 
     def _splits(self, comm: Comm) -> tuple[Any, ...]:
-        """Per parameter: its spec where ZeRO splits it, only the data entry where the program is written by hand."""
+        """Per parameter: its spec where ZeRO splits it. Where `data` is manual, a dim over it and more is over it alone."""
 
         def split(index: int) -> Any:
             entries = self.layout.split(index)
-            is_zero = tuple(AXIS in (entry if isinstance(entry, tuple) else (entry,)) for entry in entries)
+            is_zero = [AXIS in (entry if isinstance(entry, tuple) else (entry,)) for entry in entries]
             if not any(is_zero) or self.options.stage.gather == "never":
                 return None
-            return tuple(AXIS if yes else None for yes in is_zero) if comm.is_local else entries
+            here = tuple(AXIS if yes else entry for yes, entry in zip(is_zero, entries, strict=True))
+            return here if comm.is_local else entries
 
         return tuple(split(index) for index in range(len(self.leaves)))  # params come first in a TrainState
 
     def _holding(self, comm: Comm) -> Holding:
         stage, policy = self.options.stage, self.step.policy
-        reading = Reading(False, dict(self.mesh.shape))
+        reading = Reading(False, dict(self.mesh.shape), frozenset(self.batch_axes) if comm.is_local else None)
         return Holding(
             stage.gather, stage.reduce, self._splits(comm), self.mask, comm, reading, policy.reduce, policy.reduce_once
         )
 
     def finish(self) -> tuple[Any, Any]:
         """Summed gradients, then the update under Auto axes."""
-        sums, leaf_squares, weight, program = self._by_shard() if self.manual else self._globally()
+        by_shard = self.manual and self.num_shards > 1  # a single shard is the whole batch
+        sums, leaf_squares, weight, program = self._by_shard() if by_shard else self._globally()
         scale = self.state.loss_scale.scale
         factor = weight.gradient_factor(sums.weight, scale)
         grads = [grad * factor.astype(grad.dtype) for grad in sums.grads]
@@ -188,7 +190,7 @@ class Gradients:
         held = holding.at_start(leaves)
         others = len(gradient.arguments([], micro, rngs(0), model_state))
         facts = rooted((*holding.facts(), *(None,) * others))
-        self.trace.jaxpr, self.trace.facts = program.jaxpr, facts
+        self.trace.jaxpr, self.trace.facts, self.trace.reading = program.jaxpr, facts, holding.reading
 
         def run_loss(diff: Sequence[Any], micro: Any, rng: Any, model_state: Any) -> Any:
             flat = gradient.arguments(holding.arguments(held, diff), micro, rng, model_state)
@@ -215,9 +217,10 @@ class Gradients:
 
     def _by_shard(self) -> tuple[gradient.Sums, jax.Array, Normaliser, gradient.LossProgram]:
         """Every shard computes its own examples' sums, with the batch axes manual; then they are added up."""
-        comm, traced = Manual(AXIS), []
+        comm, traced = self._by_hand(), []
         splits = self._splits(comm)
-        specs = [PartitionSpec(*split) if split else PartitionSpec() for split in splits]
+        over_data = [[entry if entry == AXIS else None for entry in split or ()] for split in splits]
+        specs = [PartitionSpec(*entries) for entries in over_data]
         whole, by_row = PartitionSpec(), PartitionSpec(self.batch_axes)
 
         def local(leaves: Any, batch: Any, model_state: Any, key: jax.Array, scale: jax.Array, shard: jax.Array) -> Any:
@@ -253,7 +256,12 @@ class Gradients:
     def _across(self, grad: jax.Array, is_shard: bool) -> jax.Array:
         """One all-reduce of a leaf that is whole; of a shard, only over replicas."""
         axes = tuple(axis for axis in self.batch_axes if axis != AXIS) if is_shard else self.batch_axes
-        return jax.lax.psum(grad.astype(self.step.policy.reduce_once), axes).astype(grad.dtype) if axes else grad
+        dtype = self._by_hand().sum_dtype(self.step.policy.reduce_once)
+        return jax.lax.psum(grad.astype(dtype), axes).astype(grad.dtype) if axes else grad
+
+    def _by_hand(self) -> Manual:
+        is_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        return Manual(AXIS, widens=is_cpu and len(self.mesh.axis_names) > len(self.batch_axes))
 
     def _averaged(self, model_state: Any) -> Any:
         """`reduction="local"` lets shards' model states differ; their mean is what all go on with."""

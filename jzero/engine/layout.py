@@ -10,9 +10,9 @@ from jax.sharding import Mesh, NamedSharding
 from jzero import _compat, roles
 from jzero import rules as placing
 from jzero._errors import explain
-from jzero._tree import named_leaves, short
+from jzero._tree import named_leaves, num_elements, short
 from jzero._types import Placement, Role
-from jzero.mesh import describe
+from jzero.mesh import axis_size, describe
 from jzero.rules.batch import check_batch
 from jzero.stages import Stage
 
@@ -55,6 +55,11 @@ class Layout:
         spec, ndim = self.placements[index].spec, len(self.avals[index].shape)
         return (*spec, *(None,) * (ndim - len(spec)))
 
+    def num_elements(self, index: int) -> int:
+        """Of a leaf; where axes other than `data` split it too, of the piece that `data` shards, gathers and reduces."""
+        axes = [name for entry in self.split(index) for name in (entry if isinstance(entry, tuple) else (entry,))]
+        return num_elements(self.avals[index]) // axis_size(self.mesh, [name for name in axes if name not in (None, "data")])
+
 
 @dataclass
 class Trace:
@@ -64,6 +69,7 @@ class Trace:
     findings: list[str] = field(default_factory=list)
     jaxpr: Any = None  # the loss on one microbatch of one shard, or the whole opaque step
     facts: Any = ()
+    reading: Any = None  # how the engine read that program
     num_scalars: int = 0  # in the all-reduce that ends the gradient
 
 

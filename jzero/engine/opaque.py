@@ -34,7 +34,7 @@ def build(fn: Callable[..., Any], layout: Layout, options: Options, traces: list
         _check_result(state, shapes)
         check_effects(jaxpr, options)
         leaves = jax.tree.leaves(batch)
-        traces[:] = [Trace(jaxpr=jaxpr, facts=(*facts, *[None] * len(leaves)))]
+        traces[:] = [Trace(jaxpr=jaxpr, facts=(*facts, *[None] * len(leaves)), reading=reading)]
         out = constrained(jaxpr, traces[0].facts, [*jax.tree.leaves(state), *leaves], reading=reading, comm=comm)
         return jax.tree.unflatten(jax.tree.structure(shapes), out)
 

@@ -8,12 +8,11 @@ from jax.sharding import PartitionSpec
 
 from jzero import audit as audits
 from jzero import hlo, traffic
-from jzero._tree import num_bytes, num_elements, short
+from jzero._tree import num_bytes, short
 from jzero._types import ROLES
 from jzero.engine import memory, serving
 from jzero.engine.achieved import Subject
 from jzero.engine.layout import Layout, Options, Trace
-from jzero.gather.facts import Reading
 from jzero.mesh import axis_size, batch_axes
 from jzero.report import Report
 from jzero.rules.batch import is_split
@@ -24,8 +23,7 @@ from jzero.step import params as parameters
 def subject(fn: Any, layout: Layout, options: Options, trace: Trace, compiled: Any) -> Subject:
     """A compiled step with what was measured on it and what its stage promises."""
     measured = audits.audit(compiled, options.mesh)
-    reading = Reading(not isinstance(fn, TrainStep), dict(options.mesh.shape))
-    uses = list(reading.uses(trace.jaxpr, trace.facts)) if trace.jaxpr is not None else []
+    uses = list(trace.reading.uses(trace.jaxpr, trace.facts)) if trace.jaxpr is not None else []
     formula = _formula(fn, layout, options, trace, uses)
     return Subject(fn, layout, options, trace, compiled, measured, formula, uses)
 
@@ -96,11 +94,10 @@ def _formula(fn: Any, layout: Layout, options: Options, trace: Trace, uses: list
 
 def _composed(fn: TrainStep, layout: Layout, options: Options, trace: Trace, uses: list[Any]) -> traffic.Table:
     params = jax.tree.unflatten(layout.treedef, layout.avals).params
-    avals = jax.tree.leaves(params)
     mask = parameters.trainable_mask(params, fn.trainable)
     rows = [
-        traffic.Param(num_elements(aval), _has_data(layout.split(index)) and options.stage.number > 0, trains)
-        for index, (aval, trains) in enumerate(zip(avals, mask, strict=True))
+        traffic.Param(layout.num_elements(index), _has_data(layout.split(index)) and options.stage.number > 0, trains)
+        for index, trains in enumerate(mask)
     ]
     micro = fn.accumulate
     wire = traffic.Wire(fn.policy.compute, fn.policy.reduce, fn.policy.reduce_once, micro)
@@ -113,7 +110,7 @@ def _opaque(layout: Layout, options: Options, uses: list[Any]) -> traffic.Table:
         p.leaf.owner for i, p in enumerate(layout.placements) if p.leaf.owner is not None and _has_data(layout.split(i))
     }
     rows = [
-        (num_elements(aval), aval.dtype, index in split_owners)
+        (layout.num_elements(index), aval.dtype, index in split_owners)
         for index, (aval, placement) in enumerate(zip(layout.avals, layout.placements, strict=True))
         if placement.leaf.role == "params"
     ]

@@ -4,7 +4,6 @@ from collections import defaultdict
 from typing import Any
 
 from jzero import _compat, audit, hlo
-from jzero._tree import num_elements
 from jzero.engine.achieved import Subject
 from jzero.mesh import batch_axes
 
@@ -39,12 +38,12 @@ def _row(one: hlo.Collective, subject: Subject, known: dict[int, dict[str, set[s
 def _known(subject: Subject) -> dict[int, dict[str, set[str]]]:
     """Elements of a whole parameter or of a slice that a use takes -> line of the use, or "" -> paths of parameters."""
     known: defaultdict[int, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for placement, aval in zip(subject.layout.placements, subject.layout.avals, strict=True):
+    for index, placement in enumerate(subject.layout.placements):
         if placement.leaf.role == "params":
-            known[num_elements(aval)][""].add(placement.leaf.path)
+            known[subject.layout.num_elements(index)][""].add(placement.leaf.path)
     for use in subject.uses:
-        size, line = num_elements(use.eqn.invars[use.operand].aval), _compat.where(use.eqn).split(" ")[0]
-        known[size][line.rsplit("/", 1)[-1]].add(subject.layout.placements[use.leaf].leaf.path)
+        line = _compat.where(use.eqn).split(" ")[0]
+        known[use.num_elements][line.rsplit("/", 1)[-1]].add(subject.layout.placements[use.leaf].leaf.path)
     return {size: dict(lines) for size, lines in known.items()}
 
 

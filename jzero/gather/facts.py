@@ -50,6 +50,7 @@ class Use(NamedTuple):
     trips: int  # how often a step of the surrounding program runs it
     level: tuple[int, ...]  # the loops around it, by identity
     in_remat: bool
+    num_elements: int  # of the whole operand; where axes other than `data` split it too, of the piece that one device gathers
 
 
 ELEMENTWISE = frozenset(
@@ -124,16 +125,25 @@ CUSTOM_DERIVATIVES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read a program: which engine's, and how many shards each mesh axis makes."""
+    """How to read a program: which engine's, and on which mesh.
+
+    `local_axes`: the axes that are manual there, so that a value is one of their shards; a fact's other axes only say where
+    its pieces lie. Default: all are Auto, and every axis of a fact counts.
+    """
 
     opaque: bool
     axis_sizes: Mapping[str, int]
+    local_axes: frozenset[str] | None = None
     _memo: dict[Any, tuple[Fact | None, ...]] = field(default_factory=dict, compare=False, repr=False)
     _alive: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     def num_shards(self, entry: Any) -> int:
-        names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+        names = [name for name in _names(entry) if self.local_axes is None or name in self.local_axes]
         return math.prod(self.axis_sizes[name] for name in names)
+
+    def num_pieces(self, split: Split) -> int:
+        """In how many pieces axes other than `data` split a value: `data` gathers and reduces each by itself."""
+        return math.prod(self.axis_sizes[name] for entry in split for name in _names(entry) if name != "data")
 
     def outcome(self, jaxpr: Any, facts: Facts) -> tuple[Fact | None, ...]:
         """Facts of a jaxpr's outputs, from those of its inputs."""
@@ -180,12 +190,15 @@ class Reading:
         if fact is None or any(facts[1:]) or (dims := dims_of(eqn)) is None:
             return None
         split = tuple(None if dim is None else fact.split[dim] for dim in dims)
-        kept = sorted(str(entry) for entry in split if entry is not None)
-        if kept != sorted(str(entry) for entry in fact.split if entry is not None):
+        if sorted(self._shards(split)) != sorted(self._shards(fact.split)):
             return None
         sizes = eqn.outvars[0].aval.shape
         divides = all(size % self.num_shards(entry) == 0 for size, entry in zip(sizes, split, strict=True))
         return fact._replace(split=split) if divides else None
+
+    def _shards(self, split: Split) -> list[str]:
+        """The entries that make a value a shard; others say where its pieces lie, and may get lost on the way."""
+        return [str(entry) for entry in split if self.num_shards(entry) > 1]
 
     def uses(
         self, jaxpr: Any, facts: Facts, *, trips: int = 1, level: tuple[int, ...] = (), in_remat: bool = False
@@ -194,7 +207,8 @@ class Reading:
         for eqn, inputs, transfer in self.walk(jaxpr, facts, {}):
             for operand, (fact, enters) in enumerate(zip(inputs, transfer.entering, strict=True)):
                 if fact is not None and enters is None and fact.is_param:
-                    yield Use(fact.leaf, eqn, operand, trips, level, in_remat)
+                    size = math.prod(eqn.invars[operand].aval.shape) // self.num_pieces(fact.split)
+                    yield Use(fact.leaf, eqn, operand, trips, level, in_remat, size)
             if any(transfer.entering) and transfer.kind in _BODIES:
                 rounds = eqn.params.get("length", 1)
                 inner = (*level, id(eqn)) if transfer.kind in ("scan", "while", "cond") else level
@@ -242,6 +256,10 @@ def per_iteration(fact: Fact | None) -> Fact | None:
 
 def _stacked(fact: Fact | None) -> Fact | None:
     return fact and fact._replace(split=(None, *fact.split))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _look(known: dict[Any, Fact], var: Any) -> Fact | None:

@@ -8,8 +8,14 @@ from flax import nnx
 
 from jzero.models.config import GPT2Config
 from jzero.models.layers import Attention, Embedding, attend, linear
+from jzero.models.tensor import COLUMNS, ROWS, split
 
 _STDDEV = 0.02  # openai/gpt-2, model.py: w_init_stdev
+# `jzero.shard(..., rules=jzero.models.gpt2.tensor_rules)` on a mesh whose `tensor` axis divides the heads.
+tensor_rules = (
+    split(COLUMNS, r"\b(qkv|up)/(kernel|bias)$"),
+    split(ROWS, r"\b(proj|down)/kernel$|\bwte/embedding$"),
+)
 
 
 class GPT2Layer(nnx.Module):

@@ -5,8 +5,14 @@ from flax import nnx
 
 from jzero.models.config import LlamaConfig
 from jzero.models.layers import Attention, Embedding, attend, linear, rotate
+from jzero.models.tensor import COLUMNS, ROWS, split
 
 _STDDEV = 0.02
+# `jzero.shard(..., rules=jzero.models.llama.tensor_rules)` on a mesh whose `tensor` axis divides the heads.
+tensor_rules = (
+    split(COLUMNS, r"\b(q|k|v|gate|up|lm_head)/kernel$"),
+    split(ROWS, r"\b(o|down)/kernel$|\bwte/embedding$"),
+)
 
 
 class LlamaLayer(nnx.Module):

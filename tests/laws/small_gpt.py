@@ -5,12 +5,19 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 import jzero
 
 WIDTH, HEADS, LAYERS, LENGTH, VOCAB = 24, 3, 2, 8, 48
 SHARPNESS = 3.0  # lifts the gradient's norm above one, or clipping to one would do nothing
 ROWS = 96  # the batch axes times accumulate of every mesh divide it: 8 x 4, 3 x 4
+TENSOR_RULES = (  # columns, then rows; vocabulary-parallel embedding and head
+    (r"layers/up$", PartitionSpec(None, None, "tensor")),
+    (r"layers/down$", PartitionSpec(None, "tensor", None)),
+    (r"layers/qkv$", PartitionSpec(None, None, "tensor")),
+    (r"embed$", PartitionSpec("tensor", None)),
+)
 MIN_SHARD_ELEMENTS = 300  # embeddings and matrices shard, norms and biases do not
 
 

@@ -39,6 +39,7 @@ CORE = {
     "clip": (None, 1.0),
     "mesh": tuple(meshes.MESHES),
 }
+AROUND_ONE = {"tied": True, "loss": "weighted", "optimizer": "adamw"}
 AROUND = {"tied": (True, False), "loss": ("mean", "weighted"), "optimizer": ("adamw", "sgd")}
 
 
@@ -111,8 +112,9 @@ def reordered(step):
 
 
 def sharded(step, stage, mesh):
+    rules = small_gpt.TENSOR_RULES if "tensor" in mesh else ()
     on_mesh = jzero.shard(
-        train_step(step), stage=stage, mesh=meshes.make(mesh), min_shard_elements=small_gpt.MIN_SHARD_ELEMENTS
+        train_step(step), stage=stage, mesh=meshes.make(mesh), min_shard_elements=small_gpt.MIN_SHARD_ELEMENTS, rules=rules
     )
     first, second = (run(on_mesh, step, small_gpt.batch(), on_mesh.place) for _ in range(2))
     nothing = dict.fromkeys(first.state.floats, 0.0)
@@ -179,6 +181,22 @@ def check(entry):
 @pytest.mark.parametrize("entry", pairwise({**CORE, **AROUND}), ids=label)
 def test_parity(entry):
     check(entry)
+
+
+def on_further_axes():
+    """A third in `make test`. float16 partial sums over four or eight pieces are rounded before they are added, here as in any
+    tensor-parallel program: up to 2.2 times the unsharded error, which the law does not allow.
+    """
+    entries = pairwise({**CORE, "mesh": tuple(meshes.FURTHER)})
+    too_far = pytest.mark.xfail(strict=False, reason="float16 sums over 4 or 8 tensor pieces", raises=AssertionError)
+    rounds = [entry["precision"] == "fp16" and entry["mesh"][-1] in "48" for entry in entries]
+    marks = [[too_far] * wrong + [pytest.mark.slow] * (index % 3 > 0 or wrong) for index, wrong in enumerate(rounds)]
+    return [pytest.param(entry, marks=mark, id=label(entry)) for entry, mark in zip(entries, marks, strict=True)]
+
+
+@pytest.mark.parametrize("entry", on_further_axes())
+def test_parity_on_further_axes(entry):
+    check({**AROUND_ONE, **entry})
 
 
 def in_full():

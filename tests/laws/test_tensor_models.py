@@ -1,0 +1,51 @@
+"""Our models with their tensor rules: one device's loss and update, ZeRO's traffic over `data`, Megatron's over `tensor`."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from closeness import assert_within, on_host, sizes
+from compiling import quick_jit
+
+import jzero
+from jzero import models
+from jzero.models import gpt2, llama
+
+RULES = {"gpt2-tiny": gpt2.tensor_rules, "llama-tiny": llama.tensor_rules}
+NUM_LAYERS, ROWS, LENGTH = 2, 16, 33
+
+
+@pytest.fixture(params=RULES)
+def case(request):
+    """A model's step by stage 3 on data 4 x tensor 2, its state, a batch, and what one device makes of them."""
+    model = models.build(request.param, num_layers=NUM_LAYERS)
+    train_step = jzero.make_train_step(model.loss, optax.sgd(0.1), clip_norm=1.0)
+    tokens = np.random.default_rng(0).integers(0, 256, (ROWS, LENGTH), np.int32)
+    expected = quick_jit(train_step)(train_step.init(model.init, jax.random.key(0)), tokens)
+    mesh = jzero.make_mesh(data=4, tensor=2)
+    step = jzero.shard(train_step, stage=3, mesh=mesh, rules=RULES[request.param])
+    return request.param, step, step.init(train_step.init, model.init, jax.random.key(0)), tokens, expected
+
+
+def test_parity_and_traffic(case):
+    name, step, state, tokens, (state_expected, metrics_expected) = case
+    report = step.report(state, tokens)
+    data, tensor = report.wire_bytes["data"], report.wire_bytes["tensor"]
+    assert all(figure["measured"] <= 1.05 * figure["formula"] for figure in data.values()), data
+    shards = {leaf["path"]: leaf["spec"] for leaf in report.leaves if leaf["role"] == "params"}
+    assert shards["params/wte/embedding"] == "P('tensor', 'data')"
+    if name == "llama-tiny":
+        assert list(tensor) == ["all-reduce"], "what Megatron moves is sums of activations"
+        kernels = [path for path in shards if path.endswith("kernel") and path != "params/lm_head/kernel"]
+        assert all("'tensor'" in shards[path] for path in kernels)
+        activation = ROWS // 4 * (LENGTH - 1) * 192 * 4  # bytes of x[B_data, T, D]; float32
+        inside = [row for row in report.collectives if row["axis"] == "tensor" and row["loop_depth"]]
+        assert all(row["times"] == NUM_LAYERS for row in inside)
+        num_forward = 2  # after the attention's and the MLP's second product
+        num_backward = 5  # into q, k, v, gate and up: compilers that add before they reduce make two of them
+        assert sum(row["wire_bytes"] for row in inside) == (num_forward + num_backward) * activation * NUM_LAYERS
+    state, metrics = step(state, tokens)
+    assert float(metrics["loss"]) == pytest.approx(float(metrics_expected["loss"]), rel=1e-5)
+    expected = on_host(state_expected.params)
+    allowed = {path: 1e-5 * size for path, size in sizes(expected).items()}
+    assert_within(on_host(state.params), expected, allowed, "parameters after a step of SGD")
