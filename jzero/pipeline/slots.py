@@ -21,6 +21,7 @@ class Cell(NamedTuple):
     op: int = 0  # 0 idle, or 1 + index in `Slots.ops`
     microbatch: int = 0
     chunk: int = 0
+    stage: int = 0
     reads_activation: int = NONE  # slot of the forward pass's input; NONE on the first virtual stage, which embeds
     reads_gradient: int = NONE
     saved: int = NONE  # written by F, read by B, I and W
@@ -107,7 +108,7 @@ def _cells(
     size, last = schedule.num_pipe_stages, schedule.num_virtual_stages - 1
     rows = []
     for row in schedule.table:
-        cells = [Cell() for _ in row]
+        cells = [Cell(stage=stage) for stage in range(size)]
         arrivals = [{} for _ in row]
         for stage, entry in enumerate(row):
             if entry is None:
@@ -119,6 +120,7 @@ def _cells(
                 op=1 + schedule.ops.index(entry.op),
                 microbatch=entry.microbatch,
                 chunk=entry.chunk,
+                stage=stage,
                 reads_activation=activations.get(key, NONE) if is_forward else NONE,
                 reads_gradient=gradients[key] if is_back else NONE,
                 saved=saved[key],
