@@ -16,7 +16,9 @@ from jax.sharding import PartitionSpec
 
 from jzero import _compat
 from jzero._errors import explain
+from jzero._tree import num_elements
 from jzero.comm import Manual
+from jzero.engine import pipeline_costs
 from jzero.engine.composed import AXIS, Gradients
 from jzero.engine.layout import Layout, Options, Trace, check_effects, check_same_state
 from jzero.engine.scalars import add_up
@@ -176,6 +178,7 @@ class PipelineGradients(Gradients):
         if stage.gather == "step":
             own = [comm.gather(leaf, split) if split else leaf for leaf, split in zip(own, splits, strict=True)]
         job = self._job(program, seed, splits)
+        self.job = job
         counts = counts if self.is_stacked else jnp.ones_like(counts)
         layers, outer = ([own[index] for index in part] for part in (self.layer_leaves, self.outer_leaves))
         layer_grads, outer_grads, sums = executor.run(job, cells, counts, layers, outer, batch, self.step.accumulate)
@@ -247,12 +250,30 @@ class PipelineGradients(Gradients):
         everywhere = (*self.batch_axes, PIPE)
         copies = jnp.array([self._num_copies(index, splits[index]) for index in trained], jnp.float32)
         parts = (sums.loss, sums.weight, sums.averaged, sums.summed, squares(done) / copies)
-        self.trace.num_scalars = sum(leaf.size for leaf in jax.tree.leaves(parts))
+        self._note_costs(sum(leaf.size for leaf in jax.tree.leaves(parts)))
         loss, weight, averaged, summed, leaf_squares = add_up(parts, everywhere)
         batched = [batches.join(jax.lax.psum(leaf, PIPE)) for leaf in sums.batched]
         aux = gradient.AuxParts(averaged, summed, batched)
         grads = [grad.astype(policy.accumulate) for grad in done]
         return gradient.Sums(grads, loss, weight, aux, self.state.model_state), leaf_squares
+
+    def _note_costs(self, num_scalars: int) -> None:
+        """For the report: what the pipeline costs, and what it should move."""
+        splits = self._splits(Manual(AXIS))
+        names = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(self._params(self.leaves))]
+        sizes = [num_elements(leaf) for leaf in self.leaves]
+        dims = [self._pipe_dim(index) for index in range(len(names))]
+        rows = zip(sizes, names, map(bool, splits), self.mask, dims, strict=True)
+        axes = {name: self.mesh.shape[name] for name in self.mesh.axis_names if name in (*self.batch_axes, PIPE)}
+        job = self.job
+        plan = pipeline_costs.Plan(
+            self.schedule, self.slots, self.stages, self.is_stacked, sum(self.stages.counts),
+            [pipeline_costs.Part(*row) for row in rows], jax.tree.leaves(self.x), job.layer.saved, job.layer.kept,
+            self.options.stage, self.step.policy, axes, num_scalars,
+        )  # fmt: skip
+        self.trace.num_scalars, self.trace.formula = num_scalars, pipeline_costs.wire(plan)
+        self.trace.pipeline = pipeline_costs.summary(plan)
+        self.trace.findings += pipeline_costs.findings(self.trace.pipeline, plan)
 
     def _added_leaf(self, grad: jax.Array, index: int, split: Any, rows: Any) -> jax.Array:
         if split and self.options.stage.reduce == "step":

@@ -132,17 +132,30 @@ class _Tick:
 
     def start(self, num_micro: int) -> Carry:
         job, slots = self.job, self.job.slots
-        per_layer = lambda num, shapes: [jnp.zeros((num, job.num_stage_layers, *leaf.shape), leaf.dtype) for leaf in shapes]
-        waiting = lambda num: [jnp.zeros((max(num, 1), *leaf.shape), leaf.dtype) for leaf in self.x]
-        zeros = lambda leaves, chosen: [jnp.zeros(leaves[index].shape, job.accumulate) for index in chosen]
-        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.head_shapes)
-        batched = [jnp.zeros((num_micro, *leaf.shape), leaf.dtype) for leaf in self.head_shapes.batched]
-        return Carry(
-            waiting(slots.num_activations), waiting(slots.num_gradients) if job.trains else [],
-            per_layer(slots.num_saved, job.layer.saved) if job.trains else [], per_layer(slots.num_kept, job.layer.kept) if slots.num_kept else [],
-            zeros(self.layers, job.trained_layer) if job.trains else [],
-            zeros(self.outer, job.trained_outer) if job.trains else [], sums._replace(batched=batched),
-        )  # fmt: skip
+        per_layer = lambda num, shapes: [_zeros(leaf, num, job.num_stage_layers) for leaf in shapes]
+        waiting = lambda num: [_zeros(leaf, max(num, 1)) for leaf in self.x]
+        sums = jax.tree.map(_zeros, self.head_shapes)
+        sums = sums._replace(batched=[_zeros(leaf, num_micro) for leaf in self.head_shapes.batched])
+        if not job.trains:
+            return Carry(waiting(slots.num_activations), [], [], [], [], [], sums)
+        kept = per_layer(slots.num_kept, job.layer.kept) if slots.num_kept else []
+        saved = per_layer(slots.num_saved, job.layer.saved)
+        buffers = waiting(slots.num_activations), waiting(slots.num_gradients), saved, kept
+        return Carry(*buffers, *self._no_gradients(), sums)
+
+    def _no_gradients(self) -> tuple[Arrays, Arrays]:
+        """Totals of the layers and of the ends, in the shape that `Sharing.reduce` leaves."""
+        job = self.job
+        num_rows = (self.layers[0].shape[0],) if job.is_stacked else ()
+        shapes = [leaf for leaf, yes in zip(job.layer.params, job.layer.mask, strict=True) if yes]
+        ends = [leaf for index, leaf in enumerate(jax.eval_shape(self._whole_outer)) if index in job.trained_outer]
+
+        def zeros(leaves: Sequence[Any], part: str, chosen: Sequence[int], num: tuple[int, ...]) -> Arrays:
+            wide = [jax.ShapeDtypeStruct(leaf.shape, job.accumulate) for leaf in leaves]
+            reduced = jax.eval_shape(lambda grads: job.sharing.reduce(grads, part, chosen), wide)
+            return [jnp.zeros((*num, *leaf.shape), job.accumulate) for leaf in reduced]
+
+        return zeros(shapes, "layer", job.trained_layer, num_rows), zeros(ends, "outer", job.trained_outer, ())
 
     def __call__(self, carry: Carry, row: tuple[Any, Any]) -> tuple[Carry, None]:
         cell, flag = Cell(*row[0]), Flags(*row[1])
@@ -316,6 +329,10 @@ class _Tick:
         arrived = jax.lax.ppermute(sent, AXIS, [(to, source) for source, to in ring])
         slot = cell.gradient_arrives
         return carry._replace(gradients=_put(carry.gradients, (jnp.maximum(slot, 0),), arrived, when=slot >= 0))
+
+
+def _zeros(leaf: Any, *dims: int) -> jax.Array:
+    return jnp.zeros((*dims, *leaf.shape), leaf.dtype)
 
 
 def _at(tree: Any, index: Any) -> Any:
