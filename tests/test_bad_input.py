@@ -311,7 +311,7 @@ TABLE: dict[str, Callable[[], Bad]] = {
     ),
     "offload": lambda: Bad(shard(offload="host"), NotImplementedError, "no offload", ("offload='host'",), "Leave it out"),
     "schedule": lambda: Bad(
-        shard(schedule="1f1b"), TypeError, "a schedule is for a step of a jzero.Pipeline", ("schedule='1f1b'",), "jzero.Pipeline("
+        shard(schedule="1f1b"), TypeError, "a schedule is for a step of a jzero.Pipeline", ("schedule='1f1b'",), "jzero.make"
     ),
     "no step": lambda: Bad(shard(3), TypeError, "a step is callable", ("got int",), "fn(state, *batch) -> (state, aux)"),
     "sharded twice": lambda: Bad(

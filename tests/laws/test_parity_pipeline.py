@@ -56,7 +56,8 @@ def mlp_params(num_layers):
 
 def mlp_loss(p, x, inputs, targets, mask):
     errors = jnp.sum((jnp.tanh(x * p["scale"]) @ p["out"] - targets) ** 2, -1)
-    return jzero.weighted(jnp.sum(mask * errors), jnp.sum(mask)), {"worst": jnp.sum(mask * errors), "errors": errors}
+    total, weight = jnp.sum(mask * errors), jnp.sum(mask)
+    return jzero.weighted(total, weight), {"mean": total / weight, "total": jzero.summed(total), "errors": errors}
 
 
 def mlp_batch():
