@@ -27,7 +27,7 @@ from jzero.mesh import axis_size, describe
 from jzero.pipeline import executor, slots
 from jzero.pipeline.backward import LayerPrograms
 from jzero.pipeline.ends import Ends, HeadSums
-from jzero.pipeline.model import Pipeline, check_params, check_shapes, is_list
+from jzero.pipeline.model import Pipeline, is_list
 from jzero.rules.batch import is_split
 from jzero.step import TrainStep, gradient
 from jzero.step import batch as batches
@@ -87,7 +87,6 @@ class PipelineGradients(Gradients):
     def __init__(self, step: TrainStep, layout: Layout, options: Options, state: Any, batch: Any):
         assert isinstance(step.loss_fn, Pipeline)
         assert options.schedule is not None
-        check_params(state.params)
         self.model, self.schedule = step.loss_fn, options.schedule
         self.slots = slots.assign(self.schedule)
         self.stages = stage_layers(self.model, state.params, self.schedule, who=WHO)
@@ -99,7 +98,8 @@ class PipelineGradients(Gradients):
         self.layer_leaves = [index for index, name in enumerate(names) if name == "layers"]
         self.outer_leaves = [index for index, name in enumerate(names) if name != "layers"]
         self.is_stacked = stacked_layers(state.params, len(names))[self.layer_leaves[0]] == 0
-        self.x = check_shapes(self.model, *self._shapes(microbatch_shapes(batch, step.accumulate * self.num_shards)))
+        params, micro = self._shapes(microbatch_shapes(batch, step.accumulate * self.num_shards))
+        self.x = jax.eval_shape(self.model.start, params, *micro)
 
     def _shapes(self, micro: Any) -> tuple[Any, Any]:
         shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

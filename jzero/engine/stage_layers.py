@@ -16,7 +16,7 @@ import numpy as np
 
 from jzero._errors import explain
 from jzero.pipeline import partition
-from jzero.pipeline.model import Pipeline, is_list, num_layers
+from jzero.pipeline.model import Pipeline, check_params, is_list, num_layers
 from jzero.pipeline.schedule import Schedule
 
 AXIS = "pipe"
@@ -24,6 +24,7 @@ AXIS = "pipe"
 
 def stacked_layers(params: Any, num_leaves: int) -> tuple[int | None, ...]:
     """Per leaf of a `TrainState` 0, the dim that counts layers, for parameters that are stacks of them; None for others."""
+    check_params(params)
     if is_list(params["layers"]):
         return (None,) * num_leaves
     names = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(params)]  # they come first in a TrainState

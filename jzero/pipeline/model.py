@@ -1,7 +1,7 @@
 """`jzero.Pipeline`: a model in the three parts that a pipeline needs, and on one device an ordinary loss."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 
@@ -52,29 +52,39 @@ class Pipeline:
         self, embed: Callable[..., Any], layers: Callable[..., Any] | Sequence[Callable[..., Any]], head: Callable[..., Any], *,
         split: Sequence[int] | None = None,
     ):  # fmt: skip
-        each = {"layers": layers} if callable(layers) else {f"layers[{i}]": layer for i, layer in enumerate(layers)}
+        each = {f"layers[{i}]": layer for i, layer in enumerate(layers)} if is_list(layers) else {"layers": layers}
         functions = {"embed": embed, **each, "head": head}
         wrong = [f"{name}={value!r}" for name, value in functions.items() if not callable(value)]
         if wrong or not each:
             fix = "Write Pipeline(embed=embed_fn, layers=layer_fn, head=loss_fn)."
             raise TypeError(explain(WHO, "every part is a function", found=wrong or ["layers=[]"], fix=fix))
         self.embed, self.head = embed, head
-        self.layers = layers if callable(layers) else tuple(layers)
+        self.layers = tuple(layers) if isinstance(layers, Sequence) else layers
         self.split = None if split is None else tuple(split)
 
     def __call__(self, params: Any, *batch: Any) -> Any:
-        check_params(params)
-        x = self.run_layers(params["layers"], self.embed(seen_by("embed", params), *batch))
+        x = self.run_layers(params["layers"], self.start(params, *batch))
         return self.head(seen_by("head", params), x, *batch)
+
+    def start(self, params: Any, *batch: Any) -> Any:
+        """What the first layer gets."""
+        check_params(params)
+        x = self.embed(seen_by("embed", params), *batch)
+        _check_floats(x)
+        return x
 
     def run_layers(self, layers: Any, x: Any) -> Any:
         """All layers one after the other, each under the remat policy of the step."""
         if is_list(layers):
-            for fn, params in zip(self.functions(len(layers)), layers, strict=True):
-                x = remat.wrap_layer(fn, scanned=False)(params, x)
+            for index, (fn, params) in enumerate(zip(self.functions(len(layers)), layers, strict=True)):
+                y = remat.wrap_layer(fn, scanned=False)(params, x)
+                _check_fits(index, x, y)
+                x = y
             return x
-        assert callable(self.layers), "a list of functions takes a list of parameters"
-        body = remat.wrap_layer(self.layers)
+        layer = self.functions(1)[0]
+        first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers)
+        _check_fits(0, x, jax.eval_shape(layer, first, x))
+        body = remat.wrap_layer(layer)
         return jax.lax.scan(lambda x, params: (body(params, x), None), x, layers)[0]
 
     def functions(self, num_layers: int) -> tuple[Callable[..., Any], ...]:
@@ -89,7 +99,7 @@ class Pipeline:
         return self.layers
 
 
-def is_list(layers: Any) -> bool:
+def is_list(layers: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(layers, list | tuple)
 
 
@@ -145,21 +155,11 @@ def _check_stacked(layers: Any) -> None:
         raise ValueError(explain(WHO, "stacked layers agree on dim 0, the layer", found=columns(rows)[:20], fix=fix))
 
 
-def check_shapes(model: Pipeline, params: Any, batch: Any) -> Any:
-    """The shapes that travel between layers; raises where a layer's output does not fit the next one's input."""
-    x = jax.eval_shape(lambda params, batch: model.embed(seen_by("embed", params), *batch), params, batch)
-    odd = [f"{path_name(path)}   {short(leaf)}" for path, leaf in leaves_with_path(x) if not _is_floating(leaf)]
+def _check_floats(x: Any) -> None:
+    odd = [f"{path_name(path)}   {short(leaf)}".strip() for path, leaf in leaves_with_path(x) if not _is_floating(leaf)]
     if odd or not jax.tree.leaves(x):
         fix = "Send floating-point arrays; what a layer needs besides (positions, masks) it can make itself, or send as floats."
         raise TypeError(explain(WHO, "embed gives floating-point arrays", found=odd or ["nothing"], fix=fix))
-    if is_list(params["layers"]):
-        each = list(zip(model.functions(len(params["layers"])), params["layers"], strict=True))
-    else:
-        slice_of = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-        each = [(model.functions(1)[0], jax.tree.map(slice_of, params["layers"]))]
-    for index, (layer, own) in enumerate(each):
-        _check_fits(index, x, jax.eval_shape(layer, own, x))
-    return x
 
 
 def _is_floating(leaf: Any) -> bool:

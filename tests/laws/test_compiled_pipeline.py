@@ -1,0 +1,69 @@
+"""What the H100 and TPU compilers make of pipelines: temporaries follow the schedule, and only what is asked for is sent."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from fixtures.compilers import compilers as compilers
+
+import jzero
+
+pytestmark = pytest.mark.compile
+
+WIDTH, LENGTH, NUM_LAYERS, VOCAB = 512, 256, 8, 2048
+ROWS = 2  # per microbatch and shard
+PIPE, DATA = 4, 2
+
+
+def make_params():
+    zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+    layers = {"up": zeros(NUM_LAYERS, WIDTH, 4 * WIDTH), "down": zeros(NUM_LAYERS, 4 * WIDTH, WIDTH)}
+    return {"embed": {"table": zeros(VOCAB, WIDTH)}, "layers": layers, "head": {"out": zeros(WIDTH, VOCAB)}}
+
+
+def head(params, x, tokens):
+    logits = (x @ params["out"]).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+MODEL = jzero.Pipeline(
+    embed=lambda params, tokens: params["table"][tokens[:, :-1]],
+    layers=lambda params, x: x + jax.nn.gelu(x @ params["up"]) @ params["down"],
+    head=head,
+)
+
+
+@functools.cache
+def report(target, schedule, num_micro, stage, remat="full"):
+    train_step = jzero.make_train_step(MODEL, optax.adamw(1e-3), precision="bf16", accumulate=num_micro)
+    mesh = jzero.make_mesh(pipe=PIPE, data=DATA, devices=jzero.topology(target)[: PIPE * DATA])
+    step = jzero.shard(train_step, stage=stage, mesh=mesh, schedule=schedule, remat=remat)
+    state = jax.eval_shape(lambda: train_step.init(make_params()))
+    return step.report(state, jax.ShapeDtypeStruct((num_micro * DATA * ROWS, LENGTH + 1), jnp.int32))
+
+
+def growth(target, schedule, fewest, most):
+    """Bytes of temporaries per microbatch, and what of them the stash accounts for."""
+    small, large = (report(target, schedule, num, 1) for num in (fewest, most))
+    added = large.programs["pipeline"]["stash_bytes"] - small.programs["pipeline"]["stash_bytes"]
+    return (large.temp_bytes - small.temp_bytes) / (most - fewest), added / (most - fewest)
+
+
+TARGETS = ["h100:1x8", pytest.param("v5e:2x4", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_1f1b_does_not_grow_with_microbatches(target):
+    per_micro, stash = growth(target, "1f1b", 4, 32)
+    assert stash == 0
+    assert per_micro <= 0.01 * ROWS * LENGTH * WIDTH * 2, "a hundredth of one activation"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["h100:1x8", "v5e:2x4"])
+def test_gpipe_grows_with_microbatches(target):
+    per_micro, stash = growth(target, "gpipe", 4, 32)
+    assert stash == NUM_LAYERS // PIPE * ROWS * LENGTH * WIDTH * 2
+    assert 0.9 * stash <= per_micro <= 2.0 * stash
