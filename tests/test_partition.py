@@ -3,8 +3,12 @@
 import itertools
 import random
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+import jzero
+from jzero.pipeline import costs
 from jzero.pipeline.partition import Costs, MemoryLimit, even, largest, split
 from jzero.pipeline.schedules import gpipe, interleaved, one_f_one_b
 
@@ -29,29 +33,29 @@ def test_equals_brute_force(num_layers):
     rng = random.Random(num_layers)
     for num_stages in range(1, min(num_layers, 8) + 1):
         for _ in range(5):
-            costs = random_costs(rng, num_layers)
-            counts = split(costs, num_stages)
+            drawn = random_costs(rng, num_layers)
+            counts = split(drawn, num_stages)
             assert len(counts) == num_stages
             assert sum(counts) == num_layers
             assert min(counts) > 0
-            assert largest(costs, counts) == min(largest(costs, other) for other in every_split(num_layers, num_stages))
+            assert largest(drawn, counts) == min(largest(drawn, other) for other in every_split(num_layers, num_stages))
 
 
 @pytest.mark.parametrize("num_layers", range(2, 11))
 def test_equals_brute_force_within_memory(num_layers):
     rng = random.Random(num_layers)
     for num_stages, make in itertools.product(range(1, min(num_layers, 6) + 1), (gpipe, one_f_one_b)):
-        costs, state, saved = (random_costs(rng, num_layers) for _ in range(3))
+        drawn, state, saved = (random_costs(rng, num_layers) for _ in range(3))
         memory = MemoryLimit(0, state, saved, make(num_stages, 6))
         sizes = sorted(needs(memory, counts) for counts in every_split(num_layers, num_stages))
         for limit in (sizes[0], sizes[len(sizes) // 2]):
             memory = memory._replace(limit_bytes=limit)
             fitting = [counts for counts in every_split(num_layers, num_stages) if needs(memory, counts) <= limit]
-            counts = split(costs, num_stages, memory=memory)
+            counts = split(drawn, num_stages, memory=memory)
             assert needs(memory, counts) <= limit
-            assert largest(costs, counts) == min(largest(costs, other) for other in fitting)
+            assert largest(drawn, counts) == min(largest(drawn, other) for other in fitting)
         with pytest.raises(ValueError, match="fits"):
-            split(costs, num_stages, memory=memory._replace(limit_bytes=sizes[0] * 0.999 - 1e-9))
+            split(drawn, num_stages, memory=memory._replace(limit_bytes=sizes[0] * 0.999 - 1e-9))
 
 
 def test_the_limit_knows_the_schedule():
@@ -71,7 +75,7 @@ def test_chunks_count_in_the_limit():
 
 
 @pytest.mark.parametrize(
-    ("costs", "num_stages", "part"),
+    ("each", "num_stages", "part"),
     [
         (Costs((1.0,) * 6), 7, "6 layers for 7 stages"),
         (Costs((1.0,) * 6), 0, "of equal size with 1, 2, 3, 6"),
@@ -79,12 +83,60 @@ def test_chunks_count_in_the_limit():
         (Costs((1.0, 1.0), head=float("nan")), 1, "head: nan"),
     ],
 )
-def test_bad_input(costs, num_stages, part):
+def test_bad_input(each, num_stages, part):
     with pytest.raises(ValueError, match=r"jzero\.pipeline\.partition") as caught:
-        split(costs, num_stages)
+        split(each, num_stages)
     assert part in str(caught.value)
 
 
 def test_even():
     assert even(7, 3) == (3, 2, 2)
     assert even(8, 4) == (2, 2, 2, 2)
+
+
+def language_model(vocab):
+    """Llama 1B's feed-forward shapes (dim 2,048, 16 layers); attention's products without its scores. Nothing is allocated."""
+    dim, ffn, num_layers = 2048, 8192, 16
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
+    weights = {"qkv": (dim, 3072), "out": (3072, dim), "gate": (dim, ffn), "up": (dim, ffn), "down": (ffn, dim)}
+    params = {
+        "embed": {"table": shape(vocab, dim)},
+        "layers": {name: shape(num_layers, *dims) for name, dims in weights.items()},
+        "head": {"out": shape(dim, vocab)},
+    }
+
+    def layer(p, x):
+        x = x + jnp.tanh(x @ p["qkv"]) @ p["out"]
+        return x + (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+
+    model = jzero.Pipeline(
+        embed=lambda p, tokens: p["table"][tokens],
+        layers=layer,
+        head=lambda p, x, tokens: jnp.mean(jax.nn.logsumexp(x @ p["out"], -1)),
+    )
+    return model, params, jax.ShapeDtypeStruct((1, 512), jnp.int32)
+
+
+def test_a_large_vocabulary_head():
+    """By what the compiler counts, the best split's largest stage is 15% smaller than by layer count or by parameters."""
+    model, params, tokens = language_model(128256)
+    flops, sizes = (costs.of(model, params, tokens, by=by) for by in ("flops", "parameters"))
+    assert flops.embed < 0.01 * flops.head
+    assert sizes.embed == sizes.head == 2048 * 128256
+    best = largest(flops, split(flops, 4))
+    assert best <= 0.85 * largest(flops, even(16, 4))
+    assert best <= 0.85 * largest(flops, split(sizes, 4))
+
+
+def test_seconds_are_measured():
+    model = jzero.Pipeline(lambda p, x: x @ p, lambda p, x: x @ p, lambda p, y, x: jnp.mean(y @ p))
+    params = {"embed": jnp.ones((8, 8)), "layers": [jnp.ones((8, 8))] * 3, "head": jnp.ones((8, 8))}
+    found = costs.of(model, params, jnp.ones((4, 8)), by="seconds")
+    assert len(found.layers) == 3
+    assert min(*found.layers, found.embed, found.head) > 0
+
+
+def test_unknown_cost():
+    model = jzero.Pipeline(lambda p, x: x, lambda p, x: x, lambda p, y, x: y)
+    with pytest.raises(ValueError, match="Known: parameters, flops, seconds"):
+        costs.of(model, {"embed": {}, "layers": jnp.ones((2, 2)), "head": {}}, jnp.ones(2), by="flop")

@@ -57,7 +57,11 @@ def mlp_params(num_layers):
 def mlp_loss(p, x, inputs, targets, mask):
     errors = jnp.sum((jnp.tanh(x * p["scale"]) @ p["out"] - targets) ** 2, -1)
     total, weight = jnp.sum(mask * errors), jnp.sum(mask)
-    return jzero.weighted(total, weight), {"mean": total / weight, "total": jzero.summed(total), "errors": errors}
+    return jzero.weighted(total, weight), {
+        "mean": total / jnp.maximum(weight, 1),
+        "total": jzero.summed(total),
+        "errors": errors,
+    }
 
 
 def mlp_batch():
@@ -161,7 +165,10 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("name", [*SMALL, *LARGE])
+SLOW = ("gpipe-0", "zb_h1-2", "pipe8-1", "listed")  # what they cross, the others do too
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in (*SMALL, *LARGE)])
 def test_parity(name):
     step, stage, mesh, schedule, remat = (SMALL | LARGE)[name]
     check(step, stage, mesh, schedule, remat=remat)
