@@ -69,6 +69,7 @@ class ShardedStep:
         self.fn = fn
         self._options = options
         self._programs: dict[Any, _Program] = {}
+        self._evaluations: dict[Any, Callable[..., Any]] = {}
         self._recent: dict[Any, _Program] = {}  # by batch alone: the fast way in
         self.known: tuple[Layout, Statics] | None = None  # the last state seen: what a checkpoint is restored as
         STEPS.add(self)
@@ -126,6 +127,33 @@ class ShardedStep:
         state = jax.jit(make, out_shardings=placed.tree, compiler_options=compiler.options(self._options.mesh))(traced)
         self.known = placed, found[0]
         return found[0].merge(state)
+
+    def evaluate(self, state: Any, *batch: Any) -> dict[str, Any]:
+        """The loss of a batch under the step's mesh, without gradient or update; `state` stays valid. For a `TrainStep`.
+
+        Returns:
+          `{"loss", "weight", "aux"}`. A pipeline runs its schedule's forward passes; a loss that takes `rng` gets one key per
+          microbatch for the whole batch.
+        """
+        if not isinstance(self.fn, TrainStep):
+            fix = "Shard a step of jzero.make_train_step, or write an evaluation step of your own and shard that."
+            raise TypeError(explain(WHO, "only a TrainStep knows its loss", found=[f"got {self.fn!r}"], fix=fix))
+        arrays, statics = split_statics(state)
+        key = (*_signature(arrays), statics, *_signature(batch))
+        if key not in self._evaluations:
+            self._evaluations[key] = self._evaluation(self._layout(arrays), statics, batch)
+        return self._evaluations[key](arrays, *batch)
+
+    def _evaluation(self, placed: Layout, statics: Statics, batch: tuple[Any, ...]) -> Callable[..., Any]:
+        options, step = self._options, self._train_step(statics)
+        if options.schedule is not None:
+            assert isinstance(self.fn, TrainStep)
+            run = pipelined.build_evaluation(self.fn, placed, options)
+        else:
+            stepped = opaque.build(lambda state, *batch: (state, step.evaluate(state, *batch)), placed, options, [])
+            run = lambda state, *batch: stepped(state, *batch)[1]
+        in_shardings = (placed.tree, *batch_shardings(batch, options.mesh, step.accumulate))
+        return jax.jit(run, in_shardings=in_shardings, compiler_options=compiler.options(options.mesh))
 
     def place(self, state: Any) -> Any:
         """A copy of `state` on the mesh; the caller's arrays stay valid, whatever the step donates later."""

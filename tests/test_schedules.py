@@ -8,7 +8,7 @@ import pytest
 import jzero
 from jzero.pipeline.entry import BACKWARD, FORWARD, INPUT_GRAD, WEIGHT_GRAD, Entry
 from jzero.pipeline.schedule import Schedule
-from jzero.pipeline.schedules import BY_NAME, breadth_first, gpipe, interleaved, one_f_one_b, zb_h1
+from jzero.pipeline.schedules import BY_NAME, breadth_first, forward_only, gpipe, interleaved, one_f_one_b, zb_h1
 from jzero.pipeline.slots import NONE, assign
 
 STAGES, MICROBATCHES, CHUNKS = range(1, 9), range(1, 33), range(1, 5)
@@ -169,6 +169,19 @@ def test_time_waits_for_the_slowest():
     assert one_f_one_b(4, 8).time() == 40  # 22 ticks, 18 of them with a backward pass of 2
     assert zb_h1(4, 8).time() == 3 * 8 + 3
     assert zb_h1(4, 8).waste() == pytest.approx(zb_h1(4, 8).bubble_fraction)
+
+
+@pytest.mark.parametrize("make", BY_NAME.values(), ids=BY_NAME)
+def test_forward_only(make):
+    """Evaluation: the same forward passes in the same order, with no more than fill and drain around them."""
+    schedule = make(4, 8)
+    forward = forward_only(schedule).validate()
+    for stage in range(4):
+        passes = [[row[stage] for row in one.table if row[stage] and row[stage].op == FORWARD] for one in (schedule, forward)]
+        assert passes[0] == passes[1]
+    assert forward.ops == (FORWARD,)
+    assert forward.num_ticks == 8 * schedule.num_chunks + 3
+    assert assign(forward).num_saved == 0
 
 
 def test_drawings(tmp_path):

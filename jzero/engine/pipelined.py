@@ -28,6 +28,8 @@ from jzero.pipeline import executor, slots
 from jzero.pipeline.backward import LayerPrograms
 from jzero.pipeline.ends import Ends, HeadSums
 from jzero.pipeline.model import Pipeline, is_list
+from jzero.pipeline.schedule import Schedule
+from jzero.pipeline.schedules import forward_only
 from jzero.rules.batch import is_split
 from jzero.step import TrainStep, gradient
 from jzero.step import batch as batches
@@ -44,13 +46,26 @@ def build(step: TrainStep, layout: Layout, options: Options, traces: list[Trace]
     """The step for a mesh with an axis `pipe`, to be jitted under the layout's shardings."""
 
     def sharded(state: Any, *batch: Any) -> tuple[Any, Any]:
+        assert options.schedule is not None
         batch = jax.tree.map(jnp.asarray, batch)
         batches.check(batch, step.accumulate)
-        gradients = PipelineGradients(step, layout, options, state, batch)
+        gradients = PipelineGradients(step, layout, options, state, batch, options.schedule)
         state_out, metrics = gradients.finish()
         traces[:] = [gradients.trace]
         check_same_state(state, state_out)
         return state_out, metrics
+
+    return sharded
+
+
+def build_evaluation(step: TrainStep, layout: Layout, options: Options) -> Callable[..., Any]:
+    """The forward passes of the step's schedule: `(state, *batch) -> metrics`."""
+
+    def sharded(state: Any, *batch: Any) -> dict[str, Any]:
+        assert options.schedule is not None
+        batch = jax.tree.map(jnp.asarray, batch)
+        batches.check(batch, step.accumulate)
+        return PipelineGradients(step, layout, options, state, batch, forward_only(options.schedule)).evaluate()
 
     return sharded
 
@@ -82,24 +97,29 @@ class OverData:
 
 
 class PipelineGradients(Gradients):
-    """One traced step of a pipeline."""
+    """One traced step of a pipeline, or with a schedule of forward passes alone its evaluation."""
 
-    def __init__(self, step: TrainStep, layout: Layout, options: Options, state: Any, batch: Any):
+    def __init__(self, step: TrainStep, layout: Layout, options: Options, state: Any, batch: Any, schedule: Schedule):
         assert isinstance(step.loss_fn, Pipeline)
-        assert options.schedule is not None
-        self.model, self.schedule = step.loss_fn, options.schedule
+        self.model, self.schedule = step.loss_fn, schedule
         self.slots = slots.assign(self.schedule)
         self.stages = stage_layers(self.model, state.params, self.schedule, who=WHO)
         self.num_pipe_stages = self.schedule.num_pipe_stages
         super().__init__(step, layout, options, state, batch)
         self._check_meaning()
         self.manual = self.trace.manual = True
+        if schedule.only_forward:
+            self.mask = (False,) * len(self.leaves)
         names = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(self._params(self.leaves))]
         self.layer_leaves = [index for index, name in enumerate(names) if name == "layers"]
         self.outer_leaves = [index for index, name in enumerate(names) if name != "layers"]
         self.is_stacked = stacked_layers(state.params, len(names))[self.layer_leaves[0]] == 0
         params, micro = self._shapes(microbatch_shapes(batch, step.accumulate * self.num_shards))
         self.x = jax.eval_shape(self.model.start, params, *micro)
+
+    def evaluate(self) -> dict[str, Any]:
+        sums, _, weight, program = self._by_shard()
+        return self.step.evaluation(sums, weight.total(sums.weight), program)
 
     def _shapes(self, micro: Any) -> tuple[Any, Any]:
         shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -206,7 +226,7 @@ class PipelineGradients(Gradients):
         return executor.Job(
             self.slots, self._layer(params["layers"], mask(self.layer_leaves)), ends, sharing,
             self.stages.largest if self.is_stacked else 1, self.is_stacked, positions(self.layer_leaves),
-            positions(self.outer_leaves), policy.accumulate, seed,
+            positions(self.outer_leaves), policy.accumulate, seed, not self.schedule.only_forward,
         )  # fmt: skip
 
     def _layer(self, layers: Any, mask: list[bool]) -> LayerPrograms:
@@ -249,7 +269,7 @@ class PipelineGradients(Gradients):
         done = [self._added_leaf(grad, index, splits[index], rows) for grad, index in zip(grads, trained, strict=True)]
         everywhere = (*self.batch_axes, PIPE)
         copies = jnp.array([self._num_copies(index, splits[index]) for index in trained], jnp.float32)
-        parts = (sums.loss, sums.weight, sums.averaged, sums.summed, squares(done) / copies)
+        parts = (sums.loss, sums.weight, sums.averaged, sums.summed, squares(done) / copies if done else None)
         self._note_costs(sum(leaf.size for leaf in jax.tree.leaves(parts)))
         loss, weight, averaged, summed, leaf_squares = add_up(parts, everywhere)
         batched = [batches.join(jax.lax.psum(leaf, PIPE)) for leaf in sums.batched]

@@ -26,6 +26,7 @@ class Schedule:
         "B" its halves "I" (gradient of the input) and "W" (gradient of the weights).
       claimed_live: per pipe stage the most chunk inputs that are held at once, from forward to the end of backward; checked by
         `validate`. None claims nothing.
+      only_forward: a table of "F" alone, for evaluation.
 
     Example:
       >>> table = [[("F", 0), None], [None, ("F", 0)], [None, ("B", 0)], [("B", 0), None]]
@@ -39,6 +40,7 @@ class Schedule:
     table: Table
     num_chunks: int = 1
     claimed_live: tuple[int, ...] | None = None
+    only_forward: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "table", tuple(tuple(map(_entry, row)) for row in self.table))

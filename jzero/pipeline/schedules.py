@@ -14,6 +14,7 @@ Interleaved as stated where S divides M, ZB-H1 and breadth-first where M >= S; o
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from jzero._errors import explain, suggest
 from jzero.pipeline.entry import BACKWARD, FORWARD, INPUT_GRAD, WEIGHT_GRAD, Entry
@@ -125,6 +126,15 @@ def get(schedule: "str | Schedule", num_pipe_stages: int, num_microbatches: int,
         found, fix = [f"schedule={schedule!r}"], "Pass a name, or a jzero.schedules.Schedule with a table of your own."
         raise ValueError(explain(who, "unknown schedule", found=found, context=suggest(schedule, BY_NAME), fix=fix))
     return BY_NAME[schedule](num_pipe_stages, num_microbatches)
+
+
+def forward_only(schedule: Schedule) -> Schedule:
+    """The forward passes of a schedule, in its order, as early as can be: what evaluation runs."""
+    columns = zip(*schedule.table, strict=True)
+    orders = [[entry for entry in column if entry is not None and entry.op == FORWARD] for column in columns]
+    sizes = schedule.num_pipe_stages, schedule.num_microbatches, schedule.num_chunks
+    timed = _timed(f"{schedule.name}, forward only", *sizes, orders, [])
+    return replace(timed, claimed_live=None, only_forward=True)
 
 
 def _singles(num_microbatches: int) -> tuple[Order, Order]:

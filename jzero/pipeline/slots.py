@@ -6,7 +6,7 @@ writes it to the tick that reads it last.
 """
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from jzero.pipeline.entry import FORWARD, INPUT_GRAD, WEIGHT_GRAD
@@ -51,18 +51,12 @@ Span = tuple[int, int, tuple[int, int]]  # written at the end of this tick, last
 def assign(schedule: Schedule) -> Slots:
     """The smallest buffers for a valid schedule, the same size on every pipe stage, and each value's slot in them."""
     when = _times(schedule)
-    size, last = schedule.num_pipe_stages, schedule.num_virtual_stages - 1
+    size = schedule.num_pipe_stages
     buffers: list[dict[tuple[int, int], int]] = [{}, {}, {}, {}]
     counts = [0, 0, 0, 0]
     for stage in range(size):
         mine = [key for key in when if key[0] % size == stage]
-        spans = (
-            [(when[v - 1, m].forward, when[v, m].forward, (v, m)) for v, m in mine if v > 0],
-            [(when[v, m].forward if v == last else when[v + 1, m].backward, when[v, m].backward, (v, m)) for v, m in mine],
-            [(when[v, m].forward, max(when[v, m].backward, when[v, m].weight), (v, m)) for v, m in mine],
-            [(when[v, m].backward, when[v, m].weight, (v, m)) for v, m in mine if when[v, m].weight > when[v, m].backward],
-        )
-        for buffer, own in enumerate(spans):
+        for buffer, own in enumerate(_spans(schedule, when, mine)):
             found, count = _color(own)
             buffers[buffer] |= found
             counts[buffer] = max(counts[buffer], count)
@@ -85,6 +79,20 @@ def _times(schedule: Schedule) -> dict[tuple[int, int], _Times]:
                 times = found.setdefault((entry.chunk * schedule.num_pipe_stages + stage, entry.microbatch), [NONE] * 3)
                 times[0 if entry.op == FORWARD else 2 if entry.op == WEIGHT_GRAD else 1] = tick
     return {key: _Times(times[0], times[1], max(times[1:])) for key, times in found.items()}
+
+
+def _spans(schedule: Schedule, when: dict[tuple[int, int], _Times], mine: Sequence[tuple[int, int]]) -> tuple[list[Span], ...]:
+    """One pipe stage's values in each of the four buffers."""
+    last = schedule.num_virtual_stages - 1
+    activations = [(when[v - 1, m].forward, when[v, m].forward, (v, m)) for v, m in mine if v > 0]
+    if schedule.only_forward:
+        return (activations,)
+    return (
+        activations,
+        [(when[v, m].forward if v == last else when[v + 1, m].backward, when[v, m].backward, (v, m)) for v, m in mine],
+        [(when[v, m].forward, when[v, m].weight, (v, m)) for v, m in mine],
+        [(when[v, m].backward, when[v, m].weight, (v, m)) for v, m in mine if when[v, m].weight > when[v, m].backward],
+    )
 
 
 def _color(spans: Iterable[Span]) -> tuple[dict[tuple[int, int], int], int]:
@@ -123,12 +131,12 @@ def _cells(
                 stage=stage,
                 reads_activation=activations.get(key, NONE) if is_forward else NONE,
                 reads_gradient=gradients[key] if is_back else NONE,
-                saved=saved[key],
+                saved=saved.get(key, NONE),
                 kept=kept[key] if entry.op in (INPUT_GRAD, WEIGHT_GRAD) else NONE,
                 embeds=int(is_forward and virtual == 0),
                 ends=int(is_forward and virtual == last),
                 returns=int(is_back and virtual == 0),
-                makes_gradient=gradients[key] if is_forward and virtual == last else NONE,
+                makes_gradient=gradients.get(key, NONE) if is_forward and virtual == last else NONE,
             )
             if is_forward and virtual < last:
                 arrivals[(stage + 1) % size]["activation_arrives"] = activations[virtual + 1, entry.microbatch]

@@ -121,7 +121,7 @@ class _Walk:
         """Nothing is left out. The first gap by virtual stage and microbatch; its tick is the table's end."""
         schedule, num_micro = self.schedule, self.schedule.num_microbatches
         parts = (("forward", self.forward), ("backward", self.input_grad), ("the weight gradient", self.weight_grad))
-        for what, done in parts:
+        for what, done in parts[:1] if schedule.only_forward else parts:
             if -1 in done:
                 virtual, micro = divmod(done.index(-1), num_micro)
                 chunk, stage = divmod(virtual, schedule.num_pipe_stages)

@@ -194,3 +194,22 @@ def test_parity_in_full(entry):
     entry = dict(entry)
     stage, mesh, schedule, remat = (entry.pop(name) for name in ("stage", "mesh", "schedule", "remat"))
     check(Step(model="gpt", **entry), stage, mesh, schedule, remat=remat)
+
+
+EVALUATIONS = {
+    "pipeline": (Step(num_layers=5, micro=4), 2, "pipe=2,data=2", "interleaved"),
+    "one stage": (Step(), 3, "data=2", None),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluation(name):
+    """The forward passes alone give the loss and the aux that a step reports."""
+    step, stage, mesh, schedule = EVALUATIONS[name]
+    sharded = jzero.shard(train_step(step), stage=stage, mesh=mesh_of(mesh), schedule=schedule, min_shard_elements=100)
+    state = sharded.place(make_state(step))
+    actual = sharded.evaluate(state, *batch_of(step))
+    wanted = quick_jit(train_step(step))(make_state(step), *batch_of(step))[1]
+    wanted = on_host({name: wanted[name] for name in actual})
+    assert_within(on_host(actual), wanted, {path: FP32 * size for path, size in sizes(wanted).items()}, "metrics")
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
