@@ -73,8 +73,5 @@ def _schedule(fn: Any, mesh: Mesh, schedule: Any) -> Schedule | None:
             raise TypeError(explain(WHO, "a schedule is for a step of a jzero.Pipeline", found=found, fix=fix))
         return None
     num_pipe_stages = meshes.axis_size(mesh, "pipe")
-    if num_pipe_stages == 1 and (schedule is None or isinstance(schedule, str)):
-        if schedule is not None:
-            schedules.get(schedule, 1, fn.accumulate, who=WHO)
-        return None
-    return schedules.get("1f1b" if schedule is None else schedule, num_pipe_stages, fn.accumulate, who=WHO)
+    found = schedules.get("1f1b" if schedule is None else schedule, num_pipe_stages, fn.accumulate, who=WHO)
+    return found if num_pipe_stages > 1 else None

@@ -5,6 +5,7 @@ cross schedules, stages and meshes on a model of two matrices a layer, which com
 """
 
 import functools
+import re
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import small_gpt
 import small_pipeline
 from closeness import assert_within, gaps, on_host, sizes
 from compiling import quick_jit
+from jax.sharding import PartitionSpec
 from pairwise import label, pairwise
 
 import jzero
@@ -37,6 +39,7 @@ class Step(NamedTuple):
     tied: bool = True
     listed: bool = False
     loss: str = "weighted"
+    frozen: str = ""  # pattern of paths that do not train
 
 
 WIDTH = 16
@@ -89,6 +92,7 @@ def train_step(step):
     return jzero.make_train_step(
         MLP if is_mlp else small_pipeline.model(step.loss), optax.chain(keep_gradient(), optax.sgd(0.1)),
         precision=step.precision, accumulate=step.micro, clip_norm=step.clip, has_aux=is_mlp,
+        trainable=(lambda path: not re.search(step.frozen, path)) if step.frozen else None,
     )  # fmt: skip
 
 
@@ -124,9 +128,9 @@ def mesh_of(axes):
     return jzero.make_mesh(**sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
-def check(step, stage, mesh, schedule, *, remat=None):
+def check(step, stage, mesh, schedule, *, remat=None, rules=()):
     sharded = jzero.shard(
-        train_step(step), stage=stage, mesh=mesh_of(mesh), schedule=schedule, remat=remat, min_shard_elements=100
+        train_step(step), stage=stage, mesh=mesh_of(mesh), schedule=schedule, remat=remat, rules=rules, min_shard_elements=100
     )
     first, params, state = run(sharded, step, sharded.place)
     expected, expected_params, _ = unsharded(step)
@@ -156,6 +160,8 @@ SMALL = {
     "breadth_first-2-replica": (Step(num_layers=5, micro=3), 2, "pipe=2,data=2,replica=2", "breadth_first", None),
     "uneven-3": (Step(num_layers=7), 3, "pipe=3,data=2", "1f1b", "full"),
     "pipe8-1": (Step(num_layers=8, micro=2), 1, "pipe=8", "zb_h1", None),
+    "frozen_layer-2": (Step(frozen="layers/up"), 2, "pipe=2,data=2", "zb_h1", None),
+    "frozen_ends-3": (Step(frozen="embed|head|tied"), 3, "pipe=2,data=2", "1f1b", None),
     "own_table-3": (Step(micro=2), 3, "pipe=2,data=2", own_table(), None),
 }
 GPT = Step(model="gpt")
@@ -165,7 +171,7 @@ LARGE = {
 }
 
 
-SLOW = ("gpipe-0", "zb_h1-2", "pipe8-1", "listed")  # what they cross, the others do too
+SLOW = ("gpipe-0", "zb_h1-2", "pipe8-1", "frozen_layer-2", "frozen_ends-3", "listed")  # what they cross, the others do too
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in (*SMALL, *LARGE)])
@@ -194,6 +200,21 @@ def test_parity_in_full(entry):
     entry = dict(entry)
     stage, mesh, schedule, remat = (entry.pop(name) for name in ("stage", "mesh", "schedule", "remat"))
     check(Step(model="gpt", **entry), stage, mesh, schedule, remat=remat)
+
+
+MEGATRON = [
+    (r"layers/(qkv|up)$", PartitionSpec(None, None, "tensor")),
+    (r"layers/(out|down)$", PartitionSpec(None, "tensor", None)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_tensor_inside_a_stage(stage):
+    step = GPT._replace(precision="bf16", clip=1.0)
+    _, state = check(step, stage, "pipe=2,data=2,tensor=2", "1f1b", rules=MEGATRON)
+    spec = state.params["layers"]["up"].sharding.spec
+    assert {"pipe", "tensor", *(["data"] if stage else [])} <= set(spec)
 
 
 EVALUATIONS = {
