@@ -8,7 +8,7 @@ import pytest
 import jzero
 from jzero.pipeline.entry import BACKWARD, FORWARD, INPUT_GRAD, WEIGHT_GRAD, Entry
 from jzero.pipeline.schedule import Schedule
-from jzero.pipeline.schedules import BY_NAME, breadth_first, forward_only, gpipe, interleaved, one_f_one_b, zb_h1
+from jzero.pipeline.schedules import BY_NAME, breadth_first, for_stages, forward_only, gpipe, interleaved, one_f_one_b, zb_h1
 from jzero.pipeline.slots import NONE, assign
 
 STAGES, MICROBATCHES, CHUNKS = range(1, 9), range(1, 33), range(1, 5)
@@ -182,6 +182,14 @@ def test_forward_only(make):
     assert forward.ops == (FORWARD,)
     assert forward.num_ticks == 8 * schedule.num_chunks + 3
     assert assign(forward).num_saved == 0
+
+
+def test_another_mesh_gets_the_schedule_of_that_name():
+    own = Schedule("mine", 2, 1, GOOD)
+    assert for_stages(zb_h1(4, 8), 2) == "zb_h1"
+    assert for_stages(own, 2) is own
+    assert for_stages(own, 4) is None
+    assert for_stages(None, 4) is None
 
 
 def test_drawings(tmp_path):
