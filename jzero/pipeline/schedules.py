@@ -129,7 +129,7 @@ def get(schedule: "str | Schedule", num_pipe_stages: int, num_microbatches: int,
 
 
 def for_stages(schedule: Schedule | None, num_pipe_stages: int) -> "Schedule | str | None":
-    """What to ask for on another mesh: the schedule where it fits, else one of its name; None (the default) for a user's own."""
+    """What to ask for on another mesh: the schedule where it fits, else one of its name; None for a user's own."""
     if schedule is None or schedule.num_pipe_stages == num_pipe_stages:
         return schedule
     return schedule.name if schedule.name in BY_NAME else None
