@@ -6,7 +6,6 @@ gathers one layer at a time inside the table. Only where those collectives stand
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from jzero.comm import Manual
 from jzero.engine import pipeline_costs
 from jzero.engine.composed import AXIS, Gradients
 from jzero.engine.layout import Layout, Options, Trace, check_effects, check_same_state
+from jzero.engine.over_data import OverData
 from jzero.engine.scalars import add_up
 from jzero.engine.stage_layers import stacked_layers, stage_layers
 from jzero.mesh import axis_size, describe
@@ -68,32 +68,6 @@ def build_evaluation(step: TrainStep, layout: Layout, options: Options) -> Calla
         return PipelineGradients(step, layout, options, state, batch, forward_only(options.schedule)).evaluate()
 
     return sharded
-
-
-@dataclass(frozen=True)
-class OverData:
-    """How the executor's parameters are held over `data`: `splits` per leaf, without the layer dim for a stack's layers."""
-
-    gathers: bool
-    reduces: bool
-    splits: dict[str, list[Any]]  # "layer" and "outer" -> per leaf its split, None where it is whole anyway
-    comm: Manual
-    dtype: Any  # of gradients on the wire
-
-    @property
-    def in_ticks(self) -> bool:
-        return any(split for splits in self.splits.values() for split in splits) and (self.gathers or self.reduces)
-
-    def gather(self, shards: Sequence[Any], part: str) -> list[Any]:
-        own = self.splits[part]
-        extra = shards[len(own) :]  # a number that the executor adds
-        needs = lambda shard, split: self.gathers and split and shard is not None
-        pairs = zip(shards[: len(own)], own, strict=True)
-        return [*(self.comm.gather(shard, split) if needs(shard, split) else shard for shard, split in pairs), *extra]
-
-    def reduce(self, grads: Sequence[Any], part: str, chosen: Sequence[int]) -> list[Any]:
-        pairs = zip(grads, (self.splits[part][index] for index in chosen), strict=True)
-        return [self.comm.reduce(grad, split, self.dtype) if self.reduces and split else grad for grad, split in pairs]
 
 
 class PipelineGradients(Gradients):

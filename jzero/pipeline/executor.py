@@ -22,14 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jzero.pipeline import buffers
 from jzero.pipeline.backward import LayerPrograms
+from jzero.pipeline.buffers import Arrays
 from jzero.pipeline.ends import Ends, HeadSums
 from jzero.pipeline.entry import BACKWARD, FORWARD, INPUT_GRAD, WEIGHT_GRAD
 from jzero.pipeline.slots import Cell, Slots
 from jzero.step import batch as batches
 
 AXIS = "pipe"
-Arrays = list[jax.Array]
 
 
 class Sharing(Protocol):
@@ -112,7 +113,7 @@ def run(
       sums of the heads (zero on all but the last).
     """
     each, shared = batches.split(batch, num_micro)
-    micro = lambda index: batches.merge(_at(each, index), shared)
+    micro = lambda index: batches.merge(buffers.at(each, index), shared)
     tick = _Tick(job, counts, layers, outer, micro)
     carry, _ = jax.lax.scan(tick, tick.start(num_micro), (cells, jnp.asarray(flags(job.slots))))
     return carry.layer_grads, carry.outer_grads, carry.sums
@@ -132,16 +133,16 @@ class _Tick:
 
     def start(self, num_micro: int) -> Carry:
         job, slots = self.job, self.job.slots
-        per_layer = lambda num, shapes: [_zeros(leaf, num, job.num_stage_layers) for leaf in shapes]
-        waiting = lambda num: [_zeros(leaf, max(num, 1)) for leaf in self.x]
-        sums = jax.tree.map(_zeros, self.head_shapes)
-        sums = sums._replace(batched=[_zeros(leaf, num_micro) for leaf in self.head_shapes.batched])
+        per_layer = lambda num, shapes: [buffers.zeros(leaf, num, job.num_stage_layers) for leaf in shapes]
+        waiting = lambda num: [buffers.zeros(leaf, max(num, 1)) for leaf in self.x]
+        sums = jax.tree.map(buffers.zeros, self.head_shapes)
+        sums = sums._replace(batched=[buffers.zeros(leaf, num_micro) for leaf in self.head_shapes.batched])
         if not job.trains:
             return Carry(waiting(slots.num_activations), [], [], [], [], [], sums)
         kept = per_layer(slots.num_kept, job.layer.kept) if slots.num_kept else []
         saved = per_layer(slots.num_saved, job.layer.saved)
-        buffers = waiting(slots.num_activations), waiting(slots.num_gradients), saved, kept
-        return Carry(*buffers, *self._no_gradients(), sums)
+        waits = waiting(slots.num_activations), waiting(slots.num_gradients)
+        return Carry(*waits, saved, kept, *self._no_gradients(), sums)
 
     def _no_gradients(self) -> tuple[Arrays, Arrays]:
         """Totals of the layers and of the ends, in the shape that `Sharing.reduce` leaves."""
@@ -169,7 +170,7 @@ class _Tick:
 
     def _input(self, carry: Carry, cell: Cell, flag: Flags, batch: Any) -> Arrays:
         """Of a forward pass the activation that arrived, or the embedding; of a backward pass the gradient."""
-        x = _at(carry.activations, jnp.maximum(cell.reads_activation, 0))
+        x = buffers.at(carry.activations, jnp.maximum(cell.reads_activation, 0))
 
         def embed(outer: Arrays) -> Arrays:
             return jax.lax.cond(cell.embeds > 0, lambda: self.job.ends.embed(outer, batch), lambda: x)
@@ -181,7 +182,7 @@ class _Tick:
             x = embed(self.outer)
         if not self.job.trains:
             return x
-        dy = _at(carry.gradients, jnp.maximum(cell.reads_gradient, 0))
+        dy = buffers.at(carry.gradients, jnp.maximum(cell.reads_gradient, 0))
         is_forward = cell.op == self.codes[FORWARD]
         return [jnp.where(is_forward, *pair) for pair in zip(x, dy, strict=True)]
 
@@ -199,7 +200,7 @@ class _Tick:
         down = jnp.asarray(False)
         for op in (BACKWARD, INPUT_GRAD):
             down |= cell.op == self.codes.get(op, -1)
-        count = _at(self.counts, cell.chunk)
+        count = buffers.at(self.counts, cell.chunk)
         slot, kept_slot = jnp.maximum(cell.saved, 0), jnp.maximum(cell.kept, 0)
 
         def turn(state: tuple[Any, ...], k: Any) -> tuple[tuple[Any, ...], None]:
@@ -208,11 +209,11 @@ class _Tick:
             op = jnp.where(layer < count, cell.op, 0)
             own = cell.chunk * job.num_stage_layers + layer
             params = job.sharing.gather(self._own(cell, own), "layer")
-            old = _get(saved, (slot, layer)), _get(kept, (kept_slot, layer))
+            old = buffers.get(saved, (slot, layer)), buffers.get(kept, (kept_slot, layer))
             x, new_saved, new_kept, fresh = jax.lax.switch(op, self._branches(), params, x, *old)
-            saved, kept = _put(saved, (slot, layer), new_saved), _put(kept, (kept_slot, layer), new_kept)
+            saved, kept = buffers.put(saved, (slot, layer), new_saved), buffers.put(kept, (kept_slot, layer), new_kept)
             if grads:
-                grads = _add(grads, own if job.is_stacked else None, self._reduced_layer(flag, fresh))
+                grads = buffers.add(grads, own if job.is_stacked else None, self._reduced_layer(flag, fresh))
             return (x, saved, kept, grads), None
 
         state = (x, carry.saved, carry.kept, carry.layer_grads)
@@ -222,7 +223,7 @@ class _Tick:
     def _own(self, cell: Cell, layer: Any) -> list[Any]:
         """The parameters of one layer, or of all of them and which to use."""
         if self.job.is_stacked:
-            return _at(self.layers, layer)
+            return buffers.at(self.layers, layer)
         return [*self.layers, cell.chunk * jax.lax.axis_size(AXIS) + cell.stage]
 
     def _reduced_layer(self, flag: Flags, fresh: Arrays) -> Arrays:
@@ -274,9 +275,9 @@ class _Tick:
             dy, grads, sums = self._alone(compute, cell.ends, ends.head_leaves)
             if job.trains:
                 slot = jnp.maximum(cell.makes_gradient, 0)
-                carry = carry._replace(gradients=_put(carry.gradients, (slot,), dy, when=cell.ends > 0))
+                carry = carry._replace(gradients=buffers.put(carry.gradients, (slot,), dy, when=cell.ends > 0))
                 carry = carry._replace(outer_grads=self._added(carry.outer_grads, grads, ends.head_trained))
-            batched = _put(carry.sums.batched, (cell.microbatch,), sums.batched, when=cell.ends > 0)
+            batched = buffers.put(carry.sums.batched, (cell.microbatch,), sums.batched, when=cell.ends > 0)
             rest = jax.tree.map(jnp.add, carry.sums._replace(batched=[]), sums._replace(batched=[]))
             return carry._replace(sums=rest._replace(batched=batched))
 
@@ -323,48 +324,9 @@ class _Tick:
         ring = [(i, (i + 1) % size) for i in range(size)]
         arrived = jax.lax.ppermute(sent, AXIS, ring)
         slot = cell.activation_arrives
-        carry = carry._replace(activations=_put(carry.activations, (jnp.maximum(slot, 0),), arrived, when=slot >= 0))
+        carry = carry._replace(activations=buffers.put(carry.activations, (jnp.maximum(slot, 0),), arrived, when=slot >= 0))
         if not self.job.trains:
             return carry
         arrived = jax.lax.ppermute(sent, AXIS, [(to, source) for source, to in ring])
         slot = cell.gradient_arrives
-        return carry._replace(gradients=_put(carry.gradients, (jnp.maximum(slot, 0),), arrived, when=slot >= 0))
-
-
-def _zeros(leaf: Any, *dims: int) -> jax.Array:
-    return jnp.zeros((*dims, *leaf.shape), leaf.dtype)
-
-
-def _at(tree: Any, index: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
-
-
-def _get(buffers: Arrays, index: tuple[Any, Any]) -> Arrays:
-    """`buffers[index]`."""
-
-    def get(buffer: jax.Array) -> jax.Array:
-        start, shape = (*index, *(0,) * (buffer.ndim - 2)), (1, 1, *buffer.shape[2:])
-        return jax.lax.dynamic_slice(buffer, start, shape).reshape(shape[2:])
-
-    return [get(buffer) for buffer in buffers]
-
-
-def _put(buffers: Arrays, index: tuple[Any, ...], values: Arrays, *, when: Any = None) -> Arrays:
-    """`buffers[index] = values`, in place; unchanged unless `when`."""
-
-    def put(buffer: jax.Array, value: jax.Array) -> jax.Array:
-        if when is not None:
-            value = jnp.where(when, value, buffer[index])
-        start = (*index, *(0,) * (buffer.ndim - len(index)))
-        return jax.lax.dynamic_update_slice(buffer, value[(None,) * len(index)], start)
-
-    return [put(*pair) for pair in zip(buffers, values, strict=True)]
-
-
-def _add(totals: Arrays, index: Any, fresh: Arrays) -> Arrays:
-    """`totals[index] += fresh`, in place; all of `totals` without an index."""
-    if index is None:
-        return [total + value.astype(total.dtype) for total, value in zip(totals, fresh, strict=True)]
-    rows = _at(totals, index)
-    added = [row + value.astype(row.dtype) for row, value in zip(rows, fresh, strict=True)]
-    return _put(totals, (index,), added)
+        return carry._replace(gradients=buffers.put(carry.gradients, (jnp.maximum(slot, 0),), arrived, when=slot >= 0))
