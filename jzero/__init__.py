@@ -10,6 +10,8 @@ from jzero.checkpoint import restore as restore
 from jzero.checkpoint import save as save
 from jzero.doctor import doctor as doctor
 from jzero.mesh import make_mesh as make_mesh
+from jzero.pipeline import schedules as schedules
+from jzero.pipeline.model import Pipeline as Pipeline
 from jzero.plan import plan as plan
 from jzero.precision import PrecisionPolicy as PrecisionPolicy
 from jzero.report import Report as Report

@@ -15,7 +15,7 @@ from jzero import remat as remats
 from jzero import watch
 from jzero._errors import columns, explain
 from jzero._tree import named_leaves, short
-from jzero.engine import achieved, asked, compiler, composed, opaque, reporting
+from jzero.engine import achieved, asked, compiler, composed, opaque, pipelined, reporting
 from jzero.engine.asked import WHO
 from jzero.engine.layout import Layout, Options, Trace, batch_shardings, layout
 from jzero.engine.statics import Statics, split_statics
@@ -69,6 +69,7 @@ class ShardedStep:
         self.fn = fn
         self._options = options
         self._programs: dict[Any, _Program] = {}
+        self._evaluations: dict[Any, Callable[..., Any]] = {}
         self._recent: dict[Any, _Program] = {}  # by batch alone: the fast way in
         self.known: tuple[Layout, Statics] | None = None  # the last state seen: what a checkpoint is restored as
         STEPS.add(self)
@@ -126,6 +127,33 @@ class ShardedStep:
         state = jax.jit(make, out_shardings=placed.tree, compiler_options=compiler.options(self._options.mesh))(traced)
         self.known = placed, found[0]
         return found[0].merge(state)
+
+    def evaluate(self, state: Any, *batch: Any) -> dict[str, Any]:
+        """The loss of a batch under the step's mesh, without gradient or update; `state` stays valid. For a `TrainStep`.
+
+        Returns:
+          `{"loss", "weight", "aux"}`. A pipeline runs its schedule's forward passes; a loss that takes `rng` gets one key per
+          microbatch for the whole batch.
+        """
+        if not isinstance(self.fn, TrainStep):
+            fix = "Shard a step of jzero.make_train_step, or write an evaluation step of your own and shard that."
+            raise TypeError(explain(WHO, "only a TrainStep knows its loss", found=[f"got {self.fn!r}"], fix=fix))
+        arrays, statics = split_statics(state)
+        key = (*_signature(arrays), statics, *_signature(batch))
+        if key not in self._evaluations:
+            self._evaluations[key] = self._evaluation(self._layout(arrays), statics, batch)
+        return self._evaluations[key](arrays, *batch)
+
+    def _evaluation(self, placed: Layout, statics: Statics, batch: tuple[Any, ...]) -> Callable[..., Any]:
+        options, step = self._options, self._train_step(statics)
+        if options.schedule is not None:
+            assert isinstance(self.fn, TrainStep)
+            run = pipelined.build_evaluation(self.fn, placed, options)
+        else:
+            stepped = opaque.build(lambda state, *batch: (state, step.evaluate(state, *batch)), placed, options, [])
+            run = lambda state, *batch: stepped(state, *batch)[1]
+        in_shardings = (placed.tree, *batch_shardings(batch, options.mesh, step.accumulate))
+        return jax.jit(run, in_shardings=in_shardings, compiler_options=compiler.options(options.mesh))
 
     def place(self, state: Any) -> Any:
         """A copy of `state` on the mesh; the caller's arrays stay valid, whatever the step donates later."""
@@ -191,7 +219,11 @@ class ShardedStep:
 
     def _lower(self, placed: Layout, statics: Statics, batch: tuple[Any, ...]) -> tuple[jax.stages.Lowered, Trace]:
         options, traces = self._options, []
-        if isinstance(self.fn, TrainStep):
+        if options.schedule is not None:
+            assert isinstance(self.fn, TrainStep)
+            _check_no_statics(statics)
+            inner, accumulate = pipelined.build(self.fn, placed, options, traces), self.fn.accumulate
+        elif isinstance(self.fn, TrainStep):
             inner, accumulate = composed.build(self._train_step(statics), placed, options, traces), self.fn.accumulate
         else:
             inner, accumulate = opaque.build(self.unsharded(statics), placed, options, traces), 1
@@ -222,6 +254,13 @@ class ShardedStep:
             _, inside = split_statics(jax.tree.unflatten(statics.treedef, statics.full(0)).params)
             step = replace(step, trainable=inside.strip(step.trainable)).with_loss(lambda loss: _given(loss, inside))
         return step if policy is None else step.with_loss(lambda loss: remats.apply(loss, policy))
+
+
+def _check_no_statics(statics: Statics) -> None:
+    if statics:
+        found = [f"{len(statics.leaves)} leaves, the first is {statics.leaves[0][1]!r}"]
+        fix = "Keep functions and flags out of params: close over them in embed, layers and head."
+        raise TypeError(explain(WHO, "every leaf of a pipeline's state is an array", found=found, fix=fix))
 
 
 def _given(loss: Callable[..., Any], statics: Statics) -> Callable[..., Any]:
@@ -318,6 +357,8 @@ def shard(
       params: state -> the subtree that is the parameters, where it cannot be found.
       rules: ordered `(regex, PartitionSpec)` or `callable(path, leaf) -> PartitionSpec | None`; the first match wins.
       remat: "none", "full", "dots" or a jax policy, for each layer of jzero's models, or else for the loss as a whole.
+      schedule: of a `jzero.Pipeline` on a mesh with an axis `pipe`: a name ("1f1b", the default, "gpipe", "interleaved",
+        "zb_h1", "breadth_first") or a `jzero.schedules.Schedule`. `accumulate` is its number of microbatches.
       min_shard_elements: smaller leaves stay replicated.
       on_indivisible: "replicate" (and list) leaves that no dim of divides, or "error".
       donate: give the old state's memory to the new one.
@@ -328,7 +369,7 @@ def shard(
 
     Raises:
       ValueError, TypeError: bad arguments, a batch that does not divide, roles that cannot be decided, a state elsewhere.
-      NotImplementedError: `offload=` and `schedule=`, until they exist.
+      NotImplementedError: `offload=`, until it exists.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

@@ -310,7 +310,9 @@ TABLE: dict[str, Callable[[], Bad]] = {
         shard(remat="dots"), ValueError, "remat= would have no effect", ("remat='dots' with a step",), "jax.checkpoint"
     ),
     "offload": lambda: Bad(shard(offload="host"), NotImplementedError, "no offload", ("offload='host'",), "Leave it out"),
-    "schedule": lambda: Bad(shard(schedule="1f1b"), NotImplementedError, "no pipeline", ("schedule='1f1b'",), "Leave it out"),
+    "schedule": lambda: Bad(
+        shard(schedule="1f1b"), TypeError, "a schedule is for a step of a jzero.Pipeline", ("schedule='1f1b'",), "jzero.make"
+    ),
     "no step": lambda: Bad(shard(3), TypeError, "a step is callable", ("got int",), "fn(state, *batch) -> (state, aux)"),
     "sharded twice": lambda: Bad(
         shard(jzero.shard(own_step, stage=1)), TypeError, "already sharded", ("ShardedStep(own_step, stage=1",), "step.fn"

@@ -140,18 +140,12 @@ def _gathered_outside_its_use(subject: Subject) -> Iterator[Fault]:
     if subject.options.stage.gather != "use":
         return
     uses = subject.uses
+    stacks = _stacks(subject)
     rows = [
         f"{subject.layout.placements[use.leaf].leaf.path}   replicated by the constraint at {_compat.where(use.eqn)}"
         for use in uses
         if use.eqn.primitive.name == "sharding_constraint" and not use.level and _names_no_axis(use.eqn)
     ]
-    # A slice of one leaf may be as large as another's stack.
-    used = {use.num_elements for use in uses}
-    stacks = {}
-    for use in uses:
-        size = subject.layout.num_elements(use.leaf)
-        if use.level and size not in used:
-            stacks.setdefault(size, subject.layout.placements[use.leaf].leaf.path)
     for one in subject.over_batch("all-gather"):
         hoisted = [stacks[array.elements] for array in one.arrays if array.elements in stacks]
         rows += [f"{path}   all its layers at once: {subject.describe(one)}" for path in hoisted if not one.loop_depth]
@@ -163,13 +157,37 @@ def _gathered_outside_its_use(subject: Subject) -> Iterator[Fault]:
         )
 
 
+def _stacks(subject: Subject) -> dict[int, str]:
+    """Elements of each stack of layers that a device could gather at once -> its path; not those that one use takes, too."""
+    layout, uses = subject.layout, subject.uses
+    if subject.trace.pipeline:
+        return _stacks_of_a_pipeline(layout, subject.trace.pipeline)
+    used = {use.num_elements for use in uses}  # a slice of one leaf may be as large as another's stack
+    stacks: dict[int, str] = {}
+    for use in uses:
+        size = layout.num_elements(use.leaf)
+        if use.level and size not in used:
+            stacks.setdefault(size, layout.placements[use.leaf].leaf.path)
+    return stacks
+
+
+def _stacks_of_a_pipeline(layout: Layout, pipeline: dict[str, Any]) -> dict[int, str]:
+    rows = max(pipeline["layers_per_stage"]) * pipeline["chunks"]
+    params = [(i, p.leaf.path) for i, p in enumerate(layout.placements) if p.leaf.role == "params"]
+    sizes = {path: layout.num_elements(index, apart=("data", "pipe")) for index, path in params}
+    shapes = {path: layout.avals[index].shape for index, path in params}
+    layers = {path: size // shapes[path][0] for path, size in sizes.items() if path.startswith("params/layers/")}
+    used = {*layers.values(), *(size for path, size in sizes.items() if path not in layers)}
+    return {size * rows: path for path, size in layers.items() if size * rows not in used}
+
+
 def _kept_whole(subject: Subject) -> Iterator[Fault]:
     """Stage 3: what the forward pass gathered is given up, and gathered again for the backward pass.
 
     Only the last use's parameter may stay: its backward pass comes next (a language model's head).
     """
-    if subject.options.stage.gather != "use":
-        return
+    if subject.options.stage.gather != "use" or subject.trace.pipeline:
+        return  # of a pipeline nothing that is gathered leaves its tick: it is no part of what the loop over ticks carries
     found = memory.kept(subject.measured.memory, _kept_by_design(subject))
     rows = [
         f"{buffer.shape} ({buffer.bytes:,} bytes, {buffer.instruction}) from {buffer.source or buffer.op_name}"

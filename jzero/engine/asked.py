@@ -10,6 +10,9 @@ from jzero import remat as remats
 from jzero import stages
 from jzero._errors import explain, suggest
 from jzero.engine.layout import Options
+from jzero.pipeline import schedules
+from jzero.pipeline.model import Pipeline
+from jzero.pipeline.schedule import Schedule
 from jzero.step import TrainStep
 
 WHO = "jzero.shard"
@@ -23,7 +26,7 @@ def options(
     """The keyword arguments of `jzero.shard` as one value, or the error that says which is wrong."""
     row = stages.get(stage)
     _check_step(fn)
-    _check_unbuilt(offload, schedule)
+    _check_unbuilt(offload)
     policy = remats.get(remat)
     if policy is not None and not isinstance(fn, TrainStep):
         found = [f"remat={remat!r} with a step that computes its own gradient"]
@@ -44,7 +47,8 @@ def options(
         raise ValueError(explain(WHO, "on_indivisible= is 'replicate' or 'error'", found=found, fix=fix))
     mesh = meshes.make_mesh() if mesh is None else mesh
     meshes.check_mesh(mesh)
-    return Options(row, mesh, params, tuple(rules), policy, min_shard_elements, on_indivisible, donate, strict)
+    table = _schedule(fn, mesh, schedule)
+    return Options(row, mesh, params, tuple(rules), policy, min_shard_elements, on_indivisible, donate, strict, table)
 
 
 def _check_step(fn: Any) -> None:
@@ -53,8 +57,21 @@ def _check_step(fn: Any) -> None:
         raise TypeError(explain(WHO, "a step is callable", found=[f"got {type(fn).__name__}"], fix=fix))
 
 
-def _check_unbuilt(offload: Any, schedule: Any) -> None:
-    asked = [f"{name}={value!r}" for name, value in (("offload", offload), ("schedule", schedule)) if value is not None]
-    if asked:
+def _check_unbuilt(offload: Any) -> None:
+    if offload is not None:
         fix = "Leave it out: nothing would happen."
-        raise NotImplementedError(explain(WHO, "this version has no offload and no pipeline", found=asked, fix=fix))
+        raise NotImplementedError(explain(WHO, "this version has no offload", found=[f"offload={offload!r}"], fix=fix))
+
+
+def _schedule(fn: Any, mesh: Mesh, schedule: Any) -> Schedule | None:
+    """The schedule of a pipeline, `"1f1b"` by default; None where there is one pipe stage, and the step is the plain one."""
+    is_pipeline = isinstance(fn, TrainStep) and isinstance(fn.loss_fn, Pipeline)
+    if not is_pipeline:
+        if schedule is not None:
+            found = [f"schedule={schedule!r} with {type(fn).__name__}"]
+            fix = "Write jzero.make_train_step(jzero.Pipeline(embed, layers, head), optimizer, accumulate=16)."
+            raise TypeError(explain(WHO, "a schedule is for a step of a jzero.Pipeline", found=found, fix=fix))
+        return None
+    num_pipe_stages = meshes.axis_size(mesh, "pipe")
+    found = schedules.get("1f1b" if schedule is None else schedule, num_pipe_stages, fn.accumulate, who=WHO)
+    return found if num_pipe_stages > 1 else None

@@ -114,6 +114,7 @@ class Gradients:
         self.step, self.layout, self.options, self.state, self.batch = step, layout, options, state, batch
         self.mesh = options.mesh
         self.batch_axes = batch_axes(self.mesh)
+        self.manual_axes: tuple[str, ...] = self.batch_axes
         self.num_shards = axis_size(self.mesh, self.batch_axes)
         compute = precisions.cast(state.params, step.policy.compute)
         self.leaves, self.treedef = jax.tree.flatten(compute)
@@ -151,10 +152,15 @@ class Gradients:
             is_zero = [AXIS in (entry if isinstance(entry, tuple) else (entry,)) for entry in entries]
             if not any(is_zero) or self.options.stage.gather == "never":
                 return None
-            here = tuple(AXIS if yes else entry for yes, entry in zip(is_zero, entries, strict=True))
-            return here if comm.is_local else entries
+            here = (AXIS if yes else self._elsewhere(entry) for yes, entry in zip(is_zero, entries, strict=True))
+            return tuple(here) if comm.is_local else entries
 
         return tuple(split(index) for index in range(len(self.leaves)))  # params come first in a TrainState
+
+    def _elsewhere(self, entry: Any) -> Any:
+        """An entry without the axes that are manual: how the partitioner splits what is left."""
+        names = [name for name in (entry if isinstance(entry, tuple) else (entry,)) if name not in (None, *self.manual_axes)]
+        return tuple(names) if len(names) > 1 else next(iter(names), None)
 
     def _holding(self, comm: Comm) -> Holding:
         stage, policy = self.options.stage, self.step.policy
@@ -261,7 +267,7 @@ class Gradients:
 
     def _by_hand(self) -> Manual:
         is_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return Manual(AXIS, widens=is_cpu and len(self.mesh.axis_names) > len(self.batch_axes))
+        return Manual(AXIS, widens=is_cpu and len(self.mesh.axis_names) > len(self.manual_axes))
 
     def _averaged(self, model_state: Any) -> Any:
         """`reduction="local"` lets shards' model states differ; their mean is what all go on with."""

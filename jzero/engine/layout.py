@@ -7,12 +7,14 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from jzero import _compat, roles
+from jzero import _compat, roles, traffic
 from jzero import rules as placing
 from jzero._errors import explain
 from jzero._tree import named_leaves, num_elements, short
 from jzero._types import Placement, Role
+from jzero.engine.stage_layers import pipe_dims, stacked_layers
 from jzero.mesh import axis_size, describe
+from jzero.pipeline.schedule import Schedule
 from jzero.rules.batch import check_batch
 from jzero.stages import Stage
 
@@ -30,6 +32,7 @@ class Options:
     on_indivisible: Literal["replicate", "error"] = "replicate"
     donate: bool = True
     strict: bool = True
+    schedule: Schedule | None = None  # of a pipeline of more than one stage
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,13 @@ class Layout:
         spec, ndim = self.placements[index].spec, len(self.avals[index].shape)
         return (*spec, *(None,) * (ndim - len(spec)))
 
-    def num_elements(self, index: int) -> int:
-        """Of a leaf; where axes other than `data` split it too, of the piece that `data` shards, gathers and reduces."""
+    def num_elements(self, index: int, *, apart: tuple[str, ...] = ("data",)) -> int:
+        """Of a leaf; where axes other than those `apart` split it, of one of their pieces.
+
+        By default what is left is the piece that `data` shards, gathers and reduces.
+        """
         axes = [name for entry in self.split(index) for name in (entry if isinstance(entry, tuple) else (entry,))]
-        return num_elements(self.avals[index]) // axis_size(self.mesh, [name for name in axes if name not in (None, "data")])
+        return num_elements(self.avals[index]) // axis_size(self.mesh, [name for name in axes if name not in (None, *apart)])
 
 
 @dataclass
@@ -71,6 +77,8 @@ class Trace:
     facts: Any = ()
     reading: Any = None  # how the engine read that program
     num_scalars: int = 0  # in the all-reduce that ends the gradient
+    pipeline: dict[str, Any] = field(default_factory=dict)  # what a pipeline costs, for the report
+    formula: traffic.Table | None = None  # its wire bytes
 
 
 def layout(state: Any, options: Options, *, opaque: bool) -> Layout:
@@ -81,13 +89,17 @@ def layout(state: Any, options: Options, *, opaque: bool) -> Layout:
     stage = options.stage
     params = stage.shard_params_opaque if opaque else stage.shard_params
     sharded: dict[Role, bool] = {"params": params, "opt_state": stage.shard_opt_state}
+    leaves = roles.assign(state, params=options.params)
+    stacked = stacked_layers(state.params, len(leaves)) if options.schedule is not None else None
     placements = placing.place(
-        roles.assign(state, params=options.params),
+        leaves,
         mesh=options.mesh,
         shard_roles=frozenset(role for role, yes in sharded.items() if yes),
         rules=options.rules,
         min_shard_elements=options.min_shard_elements,
         on_indivisible=options.on_indivisible,
+        stacked=stacked,
+        pipe_dims=None if stacked is None else pipe_dims(avals, stacked, options.mesh.shape["pipe"]),
     )
     return Layout(treedef, avals, placements, options.mesh)
 

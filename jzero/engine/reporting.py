@@ -55,6 +55,7 @@ def report(subject: Subject, faults: Sequence[str], batch: tuple[Any, ...], num_
             "wire_elements": measured.wire_elements,
             "argument_bytes": measured.argument_bytes,
             "alias_bytes": measured.alias_bytes,
+            **({"pipeline": trace.pipeline} if trace.pipeline else {}),
         },
     )
 
@@ -62,6 +63,8 @@ def report(subject: Subject, faults: Sequence[str], batch: tuple[Any, ...], num_
 def _engine(fn: Any, trace: Trace) -> str:
     if not isinstance(fn, TrainStep):
         return "opaque"
+    if trace.pipeline:
+        return f"pipeline ({trace.pipeline['schedule']})"
     return "composed" if trace.manual else "composed (global)"
 
 
@@ -89,6 +92,8 @@ def _num_shards(spec: PartitionSpec, options: Options) -> int:
 def _formula(fn: Any, layout: Layout, options: Options, trace: Trace, uses: list[Any]) -> traffic.Table:
     if options.mesh.size == 1:
         return {}
+    if trace.formula is not None:
+        return trace.formula
     return _composed(fn, layout, options, trace, uses) if isinstance(fn, TrainStep) else _opaque(layout, options, uses)
 
 
@@ -166,7 +171,8 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
         f"waits for the host: {one.what} of {one.bytes:,} bytes from {one.source or one.op_name or 'the compiler'}"
         for one in hlo.host_transfers(measured.module)[:10]
     ]
-    found += [f"nobody asked for: {audits.describe(one, options.mesh)}" for one in audits.shuffles(measured)[:10]]
+    strays = [one for one in audits.shuffles(measured) if not (trace.pipeline and "ppermute" in one.op_name)]
+    found += [f"nobody asked for: {audits.describe(one, options.mesh)}" for one in strays[:10]]
     found += [
         f"in a loop of unknown length, counted once: {audits.describe(one, options.mesh)}"
         for one in audits.unknown_loops(measured)[:10]

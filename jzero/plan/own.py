@@ -10,7 +10,8 @@ import numpy as np
 
 from jzero import audit
 from jzero._errors import explain
-from jzero.mesh import describe, make_mesh
+from jzero.mesh import axis_size, describe, make_mesh
+from jzero.pipeline import schedules
 from jzero.plan import refused
 from jzero.plan.result import Plan
 from jzero.plan.room import usable_bytes
@@ -81,7 +82,7 @@ def _on_mesh(step: Any, mesh: jax.sharding.Mesh, stage: int | None) -> ShardedSt
     return shard(
         step.fn, stage=kept.stage.number if stage is None else stage, mesh=mesh, params=kept.params, rules=kept.rules,
         remat=kept.remat, min_shard_elements=kept.min_shard_elements, on_indivisible=kept.on_indivisible, donate=kept.donate,
-        strict=False,
+        strict=False, schedule=schedules.for_stages(kept.schedule, axis_size(mesh, "pipe")),
     )  # fmt: skip
 
 

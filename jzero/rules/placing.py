@@ -13,6 +13,7 @@ from jzero.rules.overrides import Entries, Override, Rule, overrides, to_spec
 from jzero.rules.stacked import stacked_dims
 
 AXIS = "data"  # the axis that ZeRO shards over; `replica` repeats
+PIPE = "pipe"
 
 
 class Choice(NamedTuple):
@@ -32,6 +33,7 @@ def place(
     min_shard_elements: int = 1024,
     on_indivisible: Literal["replicate", "error"] = "replicate",
     stacked: Sequence[int | None] | None = None,
+    pipe_dims: Sequence[int | None] | None = None,
 ) -> tuple[Placement, ...]:
     """Where every leaf lives: W[..., F_data, ...] for the largest dim F that `data` divides, or whole, and the reason.
 
@@ -49,6 +51,7 @@ def place(
       min_shard_elements: smaller leaves stay whole.
       on_indivisible: what to do with leaves of which no dim divides.
       stacked: the layer dim of each leaf where the caller knows it (from a scan); default `stacked_dims(leaves)`.
+      pipe_dims: per leaf the dim that is split over `pipe`, which stays so whatever a rule says of the others.
 
     Raises:
       ValueError: bad rules, or indivisible leaves under `on_indivisible="error"`; the message lists every one.
@@ -63,8 +66,9 @@ def place(
     _check_option(on_indivisible)
     asked = overrides(leaves, rules, mesh)
     layer_dims = stacked_dims(leaves) if stacked is None else stacked
+    over_pipe = (None,) * len(leaves) if pipe_dims is None else pipe_dims
     choices = [
-        _choose(leaf, asked.get(i), mesh, layer_dims[i], min_shard_elements) if leaf.owner in (None, i) else None
+        _choose(leaf, asked.get(i), mesh, layer_dims[i], over_pipe[i], min_shard_elements) if leaf.owner in (None, i) else None
         for i, leaf in enumerate(leaves)
     ]
     placed = [_placed(i, leaves, choices, asked, shard_roles) for i in range(len(leaves))]
@@ -81,9 +85,11 @@ def _check_option(on_indivisible: str) -> None:
         raise ValueError(explain("jzero.shard", problem, found=found, fix=suggest(on_indivisible, known)))
 
 
-def _choose(leaf: Leaf, asked: Override | None, mesh: Mesh, layer_dim: int | None, min_shard_elements: int) -> Choice:
+def _choose(
+    leaf: Leaf, asked: Override | None, mesh: Mesh, layer_dim: int | None, pipe_dim: int | None, min_shard_elements: int
+) -> Choice:
     """The leaf's spec if its role is sharded: what a rule says, completed with `data`."""
-    entries = asked.entries if asked else ((),) * len(leaf.shape)
+    entries = _over_pipe(asked.entries if asked else ((),) * len(leaf.shape), pipe_dim)
     if asked and (not asked.names_axes or any(AXIS in entry for entry in entries)):
         return Choice(entries, asked.rule)
     said = f"{asked.rule}; " if asked else ""
@@ -98,6 +104,12 @@ def _choose(leaf: Leaf, asked: Override | None, mesh: Mesh, layer_dim: int | Non
         return Choice(entries, f"{said}{_why_none(leaf, left, num_shards)}", tuple(left))
     sharded = (*entries[:dim], (AXIS,), *entries[dim + 1 :])
     return Choice(sharded, f"{said}dim {dim} of size {leaf.shape[dim]} over '{AXIS}' ({num_shards})")
+
+
+def _over_pipe(entries: Entries, dim: int | None) -> Entries:
+    if dim is None or any(PIPE in entry for entry in entries):
+        return entries
+    return (*entries[:dim], (PIPE, *entries[dim]), *entries[dim + 1 :])
 
 
 def _why_none(leaf: Leaf, left: Sequence[int], num_shards: int) -> str:

@@ -18,7 +18,7 @@ from jzero.step import batch as batches
 from jzero.step import gradient
 from jzero.step import params as parameters
 from jzero.step.loss import LossCall
-from jzero.step.normalise import Examples, examples_of, normaliser
+from jzero.step.normalise import Examples, Normaliser, examples_of, normaliser
 from jzero.step.state import TrainState, initial_loss_scale
 from jzero.step.update import finish, squares
 
@@ -68,14 +68,36 @@ class TrainStep:
         return TrainState(params, opt_state, jnp.zeros((), jnp.int32), rng, loss_scale, model_state)
 
     def __call__(self, state: TrainState, *batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        if not isinstance(state, TrainState):
-            fix = "Make it with train_step.init(params)."
-            raise TypeError(explain(WHO, "the state must be a TrainState", found=[f"got {type(state).__name__}"], fix=fix))
+        _check_state(state)
+        mask = parameters.trainable_mask(state.params, self.trainable)
+        sums, weight, program = self._sums(state, batch, mask)
+        grads = [grad * weight.gradient_factor(sums.weight, state.loss_scale.scale).astype(grad.dtype) for grad in sums.grads]
+        return self.finish(state, grads, squares(grads), sums, weight.total(sums.weight), program, mask)
+
+    def evaluate(self, state: TrainState, *batch: Any) -> dict[str, Any]:
+        """The loss of a batch without its gradient: `{"loss", "weight", "aux"}` as a step would report them. Changes nothing.
+
+        The keys that a loss which takes `rng` gets are those of the next step; a new model_state is dropped.
+        """
+        _check_state(state)
+        nothing = (False,) * len(jax.tree.leaves(state.params))
+        sums, weight, program = self._sums(state, batch, nothing)
+        return self.evaluation(sums, weight.total(sums.weight), program)
+
+    def evaluation(self, sums: gradient.Sums, weight: jax.Array, program: gradient.LossProgram) -> dict[str, Any]:
+        """The metrics of a batch that was only evaluated."""
+        averaged = [value / weight for value in sums.aux.averaged]
+        aux = aux_values.unsort(sums.aux._replace(averaged=averaged), program.aux)
+        return {"loss": sums.loss / weight, "weight": weight, "aux": aux}
+
+    def _sums(
+        self, state: TrainState, batch: tuple[Any, ...], mask: Sequence[bool]
+    ) -> tuple[gradient.Sums, Normaliser, gradient.LossProgram]:
+        """Loss, weight, aux and the gradients of the leaves in `mask`, over all microbatches."""
         batch = jax.tree.map(jnp.asarray, batch)
         batches.check(batch, self.accumulate)
         compute = precisions.cast(state.params, self.policy.compute)
         leaves = jax.tree.leaves(compute)
-        mask = parameters.trainable_mask(state.params, self.trainable)
         key = self.step_key(state)
         rngs = partial(self.microbatch_key, key, shard=0)
         program = self.trace(compute, microbatch_shapes(batch, self.accumulate), rngs(0), state.model_state)
@@ -94,8 +116,7 @@ class TrainStep:
             program, run_loss, parameters.select(leaves, mask), batch, num=self.accumulate, rngs=rngs,
             model_state=state.model_state, seed=state.loss_scale.scale / weight.before, dtype=self.policy.accumulate,
         )  # fmt: skip
-        grads = [grad * weight.gradient_factor(sums.weight, state.loss_scale.scale).astype(grad.dtype) for grad in sums.grads]
-        return self.finish(state, grads, squares(grads), sums, weight.total(sums.weight), program, mask)
+        return sums, weight, program
 
     def with_loss(self, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> "TrainStep":
         """The same step with its loss wrapped; the wrapper must keep the loss's signature."""
@@ -132,6 +153,12 @@ class TrainStep:
             model_state=sums.model_state, mask=mask, optimizer=self.optimizer, policy=self.policy, clip_norm=self.clip_norm,
             skip_nonfinite=self.skip_nonfinite,
         )  # fmt: skip
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, TrainState):
+        fix = "Make it with train_step.init(params)."
+        raise TypeError(explain(WHO, "the state must be a TrainState", found=[f"got {type(state).__name__}"], fix=fix))
 
 
 def microbatch_shapes(batch: Any, num: int) -> Any:
