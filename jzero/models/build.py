@@ -36,13 +36,21 @@ class Model(NamedTuple):
     head: Callable[[Any, jax.Array], jax.Array]  # params, x -> logits, padding included
 
 
-def build(model: str | ModelConfig, *, scan_layers: bool = True, attention: Attention | None = None, **changes: Any) -> Model:
+def build(
+    model: str | ModelConfig,
+    *,
+    scan_layers: bool = True,
+    attention: Attention | None = None,
+    loss: str | None = None,
+    **changes: Any,
+) -> Model:
     """A GPT-2 or Llama as pure functions.
 
     Args:
         model: a preset's name or a config. Keyword `changes` replace fields of a preset.
         scan_layers: stack the layers and scan over them (compile time does not grow with depth), or unroll a list.
         attention: None chooses by device and dtype; "plain" or "cudnn" insists.
+        loss: None chooses; "reference" (all logits in memory) or "chunked" (a part of them at a time) insists.
 
     Compute follows the dtype of the parameters: cast them to bfloat16 and activations are bfloat16, with norms,
     softmax and loss in float32.
@@ -90,12 +98,13 @@ def build(model: str | ModelConfig, *, scan_layers: bool = True, attention: Atte
     def apply(params: Any, tokens: jax.Array) -> jax.Array:
         return padded_logits(params, tokens)[..., : config.vocab_size]
 
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = padded_logits(params, tokens[:, :-1])
-        return next_token_loss(logits, tokens[:, 1:], vocab_size=config.vocab_size)
+    def mean_loss(params: Any, tokens: jax.Array) -> jax.Array:
+        x = run_layers(layer, embed(params, tokens[:, :-1]), params["layers"])
+        x, w, vocab_dim = outer(params).before_logits(x)
+        return next_token_loss(x, w, tokens[:, 1:], vocab_dim=vocab_dim, vocab_size=config.vocab_size, implementation=loss)
 
     num_params = count_params(jax.eval_shape(init, jax.random.key(0))) - _num_padding(config)
-    return Model(config, init, apply, loss, num_params, _flops_per_token(config, num_params), embed, layer, head)
+    return Model(config, init, apply, mean_loss, num_params, _flops_per_token(config, num_params), embed, layer, head)
 
 
 def count_params(params: Any) -> int:
