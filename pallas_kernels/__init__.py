@@ -6,6 +6,7 @@ Every operation takes `implementation=None`, which chooses by device, shape and 
 from pallas_kernels.dispatch import Choice as Choice
 from pallas_kernels.dispatch import disabled as disabled
 from pallas_kernels.dispatch import found_in as found_in
+from pallas_kernels.dispatch import interpreted as interpreted
 from pallas_kernels.dispatch import recording as recording
 from pallas_kernels.dispatch import target as target
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy

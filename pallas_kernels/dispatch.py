@@ -41,12 +41,23 @@ class Call(NamedTuple):
 
 
 class Implementation(NamedTuple):
-    """One way to compute an operation. `supports(call)` is None, or why it cannot; a kernel must have run on its device."""
+    """One way to compute an operation. `supports(call)` is None, or why it cannot.
+
+    A kernel of ours has a `platform`, "gpu" or "tpu", takes `interpret=`, and is only chosen where it has run (`ran.json`).
+    """
 
     name: str
     run: Callable[..., Any]  # run(*arrays, **options)
     supports: Callable[[Call], str | None] = lambda call: None
-    is_kernel: bool = False
+    platform: str | None = None
+    loses: Callable[[Call], str | None] = lambda call: None  # why another is better here, though it could do it
+
+    def refuses(self, call: Call) -> str | None:
+        """Why it cannot do this on this device, or None."""
+        there = {"gpu": call.is_gpu, "tpu": call.is_tpu, None: True}[self.platform]
+        if not there and not _interpreted.get():
+            return f"it runs on a {str(self.platform).upper()}, and this is for {call.device_kind}"
+        return self.supports(call)
 
 
 class Choice(NamedTuple):
@@ -64,6 +75,7 @@ class Choice(NamedTuple):
 _target: ContextVar[str | None] = ContextVar("pallas_kernels_target", default=None)
 _records: ContextVar[tuple[list[Choice], ...]] = ContextVar("pallas_kernels_records", default=())
 _disabled: ContextVar[bool] = ContextVar("pallas_kernels_disabled", default=False)
+_interpreted: ContextVar[bool] = ContextVar("pallas_kernels_interpreted", default=False)
 
 
 @contextmanager
@@ -103,6 +115,16 @@ def disabled() -> Iterator[None]:
         _disabled.reset(token)
 
 
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Kernels that are named inside run on any device, interpreted: as a check of their numbers, slowly."""
+    token = _interpreted.set(True)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
 def device_kind() -> str:
     """What the program being traced is for."""
     return _target.get() or jax.devices()[0].device_kind
@@ -122,12 +144,15 @@ class Op:
 
     def __call__(self, *arrays: jax.Array, implementation: str | None = None, **options: Any) -> Any:
         """Run the chosen or named implementation on arrays; `options` are static."""
+        arrays = alike(arrays)
         avals = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
         call = Call(device_kind(), avals, options)
         chosen, reason = self.insist(implementation, call) if implementation else self.choose(call)
         choice = Choice(self.name, chosen.name, reason, tuple(map(short, avals)))
         for choices in _records.get():
             choices.append(choice)
+        if chosen.platform:
+            options = {**options, "interpret": _interpreted.get()}
         return _named(chosen.run, f"{_PREFIX}{self.name}{_BETWEEN}{chosen.name}", tuple(sorted(options.items())))(*arrays)
 
     def insist(self, name: str, call: Call) -> tuple[Implementation, str]:
@@ -141,7 +166,7 @@ class Op:
         if name not in self.table:
             found, fix = [f"implementation={name!r}"], "Name one of them, or pass implementation=None to let it choose."
             raise ValueError(explain(who, "no such implementation", found=found, context=suggest(name, self.table), fix=fix))
-        if why := self.table[name].supports(call):
+        if why := self.table[name].refuses(call):
             context = f"{', '.join(map(short, call.arrays))} on {call.device_kind}"
             fix = f"implementation=None takes {self.choose(call)[0].name!r} here."
             raise NotImplementedError(
@@ -155,18 +180,31 @@ class Op:
             return self.table[self.reference], "kernels are disabled"
         refused = []
         for one in self.table.values():
-            why = one.supports(call) or (one.is_kernel and not self._has_run(one, call) and _never_ran(call)) or None
+            why = one.refuses(call) or one.loses(call) or (self._never_ran(one, call) if one.platform else None)
             if why is None:
                 return one, "; ".join(refused) or "preferred here"
             refused.append(f"not {one.name}: {why}")
         raise AssertionError(f"{self.name} has no implementation for everything")
 
-    def _has_run(self, one: Implementation, call: Call) -> bool:
-        return (self.name, one.name, call.device_kind) in _ran()
+    def _never_ran(self, one: Implementation, call: Call) -> str | None:
+        has_run = (self.name, one.name, call.device_kind) in _ran()
+        return None if has_run else f"it has never run on a {call.device_kind} (name it to try)"
 
 
-def _never_ran(call: Call) -> str:
-    return f"it has never run on a {call.device_kind} (name it to try)"
+def varying(array: jax.Array) -> frozenset[str]:
+    """The manual mesh axes that an array is typed as varying over."""
+    found = getattr(jax.typeof(array), "manual_axis_type", None)
+    return found.varying if found is not None else getattr(jax.typeof(array), "vma", frozenset())
+
+
+def alike(arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Inside `shard_map` with checked types: all arrays varying over the axes that any varies over.
+
+    A custom derivative gives every operand a gradient that varies as its result does; JAX then adds up what must be.
+    """
+    axes = [varying(array) for array in arrays]
+    missing = [tuple(sorted(frozenset().union(*axes) - own)) for own in axes]
+    return tuple(jax.lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True))
 
 
 @cache

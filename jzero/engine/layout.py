@@ -65,6 +65,7 @@ class Trace:
     jaxpr: Any = None  # the loss on one microbatch of one shard, or the whole opaque step
     facts: Any = ()
     num_scalars: int = 0  # in the all-reduce that ends the gradient
+    choices: Any = ()  # of implementations of operations, with reasons (`pallas_kernels.Choice`)
 
 
 def layout(state: Any, options: Options, *, opaque: bool) -> Layout:

@@ -50,7 +50,7 @@ def build(
         model: a preset's name or a config. Keyword `changes` replace fields of a preset.
         scan_layers: stack the layers and scan over them (compile time does not grow with depth), or unroll a list.
         attention: None chooses by device and dtype; "plain" or "cudnn" insists.
-        loss: None chooses; "reference" (all logits in memory) or "chunked" (a part of them at a time) insists.
+        loss: None chooses; "reference", "fused" or "chunked" insists (`jzero.models.loss`).
 
     Compute follows the dtype of the parameters: cast them to bfloat16 and activations are bfloat16, with norms,
     softmax and loss in float32.

@@ -10,8 +10,8 @@ def next_token_loss(
 ) -> jax.Array:
     """Mean of -log p(target) in float32, where the logits are x[B, T, D] times w: [V', D] if `vocab_dim` is 0, else [D, V'].
 
-    Rows or columns of w from `vocab_size` on are padding. `implementation=None` chooses; "reference" keeps all logits in
-    memory, "chunked" those of a part of the tokens at a time (`pallas_kernels.linear_cross_entropy_sum`).
+    Rows or columns of w from `vocab_size` on are padding. `implementation=None` chooses; "reference" keeps all logits for the
+    backward pass, "fused" none, "chunked" makes an eighth of them at a time, twice (`pallas_kernels.linear_cross_entropy_sum`).
     """
     total = pallas_kernels.linear_cross_entropy_sum(
         x, w, targets, vocab_dim=vocab_dim, vocab_size=vocab_size, implementation=implementation

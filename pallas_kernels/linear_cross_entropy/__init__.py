@@ -7,12 +7,22 @@ import jax.numpy as jnp
 
 from pallas_kernels._errors import explain, short
 from pallas_kernels.dispatch import Call, Implementation, Op
-from pallas_kernels.linear_cross_entropy import chunked, reference
+from pallas_kernels.linear_cross_entropy import chunked, chunks, fused, reference
 
 
 def _floating(call: Call) -> str | None:
     x, w = call.arrays[:2]
     return None if x.dtype == w.dtype else f"x is {x.dtype} and w {w.dtype}; it takes one dtype for both"
+
+
+def _large(call: Call) -> str | None:
+    """Whether the logits of one example are so large that computing them twice is the smaller evil.
+
+    From one example, not from the batch: jzero compares a program at two batch sizes, and they must be the same program.
+    """
+    x, w = call.arrays[:2]
+    num_bytes = x.shape[-2] * w.shape[call.options["vocab_dim"]] * x.dtype.itemsize
+    return f"one example's logits take {num_bytes / 1e6:,.0f} MB" if num_bytes > chunks.LARGE_BYTES else None
 
 
 LOSSES = Op(
@@ -21,7 +31,11 @@ LOSSES = Op(
 )
 TOTAL = Op(
     "linear_cross_entropy_sum",
-    [Implementation("chunked", chunked.total, _floating), Implementation("reference", reference.total)],
+    [
+        Implementation("fused", fused.total, _floating, loses=_large),
+        Implementation("chunked", chunked.total, _floating),
+        Implementation("reference", reference.total),
+    ],
 )
 
 
@@ -30,12 +44,12 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0, z_loss: float = 0.0, ignore_index: int | None = None, soft_cap: float | None = None,
     axis_name: str | None = None, num_chunks: int | None = None, implementation: str | None = None,
 ) -> jax.Array:  # fmt: skip
-    """One loss per token: -log p(target) with p = softmax(x @ w), logits made and dropped chunk by chunk.
+    """One loss per token: -log p(target) with p = softmax(x @ w), logits made and dropped part by part.
 
     With l the logits, e = label_smoothing: lse(l) - (1 - e) l[target] - e mean(l) + z_loss lse(l)^2.
 
     Args:
-      x: [..., T, D], any float dtype. Chunks are cut along T: split other dims over devices, not this one.
+      x: [..., T, D], any float dtype, split over devices in any dim but D.
       w: [D, V], or [V, D] with vocab_dim=0 (an embedding table), of x's dtype. Logits are written in that dtype, as a plain
         matmul's are, and summed in float32.
       targets: integers [..., T]; one that is no column (and not ignore_index) is not checked: it counts as a logit of 0.
@@ -44,14 +58,14 @@ def linear_cross_entropy(
       soft_cap: l = cap tanh(l / cap).
       axis_name: inside `shard_map`, the mesh axis that splits V. Two scalars per token are added up over it in the forward
         pass, and x's gradient in the backward pass.
-      num_chunks: None chooses from T, V and the dtype, at most 8.
+      num_chunks: parts of the vocabulary; None is 8.
       implementation: "chunked" or "reference".
 
     Returns:
       float32[..., T]. Divide by what the mean is over.
 
     The backward pass computes the logits again, one third more arithmetic than with logits kept: where the losses are only
-    summed, `linear_cross_entropy_sum` has none of that.
+    summed, `linear_cross_entropy_sum` can do without.
 
     Raises:
       ValueError: shapes that disagree, an unknown implementation.
@@ -75,10 +89,11 @@ def linear_cross_entropy_sum(
 ) -> jax.Array:  # fmt: skip
     """The sum of weights[..., T] (None: ones) times the losses of `linear_cross_entropy`, in float32.
 
-    The forward pass of a gradient computes the gradients of x and w too, so nothing is computed twice; until the backward
-    pass, which only scales them, they live in x's and w's dtype, and while they are summed in float32.
+    "fused": the forward pass of a gradient computes the gradients of x and w too, so nothing is computed twice, and the logits
+    are gone before the backward pass of what comes before the head. "chunked": as `linear_cross_entropy`, an eighth of the
+    logits at a time, computed twice; chosen where one example's logits pass 256 MiB.
 
-    Args, errors: as `linear_cross_entropy`.
+    Args, errors: as `linear_cross_entropy`; implementations "fused", "chunked", "reference".
 
     Example:
       >>> x, w, targets = jnp.ones((2, 3, 4)), jnp.zeros((4, 8)), jnp.zeros((2, 3), int)
@@ -95,7 +110,7 @@ def linear_cross_entropy_sum(
 
 
 def _options(*values: Any) -> dict[str, Any]:
-    return dict(zip((*reference.Loss._fields, "num_chunks"), values, strict=True))
+    return dict(zip((*reference.Loss._fields[:7], "num_chunks"), values, strict=True))
 
 
 def _check(who: str, x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array, options: dict[str, Any]) -> None:

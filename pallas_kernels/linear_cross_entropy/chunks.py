@@ -1,7 +1,7 @@
-"""The tokens of one chunk: their statistics, and the gradients of any function of those. Only a chunk's logits ever exist.
+"""The logits of a part of the vocabulary: their statistics per token, and the gradients of any function of those.
 
-Chunks are cut along T, which no data axis splits, so cutting moves nothing between devices. They are written out one after
-the other and not as a loop: uses of w then stand side by side, and a program that gathers w gathers it once.
+Parts are written out one after the other and not as a loop: uses of w then stand side by side, and a program that gathers w
+gathers it once. A part's gradient of w is final, so nothing is summed over parts but x's gradient.
 """
 
 from collections.abc import Iterator
@@ -12,20 +12,16 @@ import jax.numpy as jnp
 
 from pallas_kernels.linear_cross_entropy.reference import Loss, logits_of, picked
 
-_MAX_CHUNKS = 8
-_CHUNK_BYTES = 128 * 2**20  # of one example's logits: beyond, products are large enough to be cut
+LARGE_BYTES = 256 * 2**20  # of one example's logits: from there on memory is worth computing them twice
+_NUM_CHUNKS = 8
+_LANES = 128  # of a TPU's tile; parts start on whole tiles
 
 
-def num_chunks_for(length: int, vocab: int, itemsize: int) -> int:
-    """Chunks of T: a power of two. From one example's logits, not from the batch, which differs between shards and whole."""
-    wanted = -(-length * vocab * itemsize // _CHUNK_BYTES)
-    return min(1 << (wanted - 1).bit_length(), _MAX_CHUNKS, length) if length else 1
-
-
-def cuts(length: int, num_chunks: int) -> Iterator[slice]:
-    """Slices of T, nearly equal."""
-    size = -(-length // max(1, min(num_chunks, length)))
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+def cuts(vocab: int, num_chunks: int | None) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the parts of a vocabulary, nearly equal."""
+    size = -(-vocab // max(1, min(num_chunks or _NUM_CHUNKS, vocab)))
+    size = -(-size // _LANES) * _LANES if size > _LANES else size
+    return ((start, min(start + size, vocab)) for start in range(0, vocab, size))
 
 
 class Chunk(NamedTuple):
@@ -37,18 +33,19 @@ class Chunk(NamedTuple):
     columns: jax.Array
 
 
-def look(x: jax.Array, w: jax.Array, targets: jax.Array, loss: Loss) -> Chunk:
-    logits, columns = logits_of(x, w, loss)
+def look(x: jax.Array, w: jax.Array, targets: jax.Array, loss: Loss, first: int = 0) -> Chunk:
+    """`w` is the part that begins at column `first` of this shard's."""
+    logits, columns = logits_of(x, w, loss, first)
     return Chunk(jax.nn.logsumexp(logits, axis=-1), picked(logits, columns, targets, loss), logits, columns)
 
 
 def logits_gradient(
-    chunk: Chunk, lse: jax.Array, targets: jax.Array, of_lse: jax.Array, of_part: jax.Array, loss: Loss, size: int
+    chunk: Chunk, lse: jax.Array, targets: jax.Array, of_lse: jax.Array, of_part: jax.Array, loss: Loss
 ) -> jax.Array:
-    """d/d raw logits of `of_lse * lse + of_part * part`; `lse` may be the whole vocabulary's, of `size` columns."""
+    """d/d raw logits of `of_lse * lse + of_part * part`; `lse` may be the whole vocabulary's."""
     hit = chunk.columns == targets[..., None]
     smooth = loss.label_smoothing
-    share = jnp.where(hit, 1 - smooth + smooth / size, smooth / size) if smooth else hit.astype(lse.dtype)
+    share = jnp.where(hit, 1 - smooth + smooth / loss.num_real, smooth / loss.num_real) if smooth else hit.astype(lse.dtype)
     gradient = of_lse[..., None] * jnp.exp(chunk.logits - lse[..., None]) + of_part[..., None] * share
     if loss.soft_cap is not None:
         gradient = gradient * (1 - (chunk.logits / loss.soft_cap) ** 2)
@@ -56,13 +53,14 @@ def logits_gradient(
 
 
 def input_gradient(g: jax.Array, w: jax.Array, loss: Loss) -> jax.Array:
-    """g[..., V] back through w, in x's shape."""
-    return jnp.einsum("...v,dv->...d" if loss.vocab_dim == 1 else "...v,vd->...d", g, w)
+    """g[..., V] back through w, in x's shape, in float32 (float64 stays)."""
+    contract = "...v,dv->...d" if loss.vocab_dim == 1 else "...v,vd->...d"
+    return jnp.einsum(contract, g, w, preferred_element_type=jnp.promote_types(g.dtype, jnp.float32))
 
 
 def weight_gradient(x: jax.Array, g: jax.Array, loss: Loss) -> jax.Array:
-    """x^T g summed over all tokens, accumulated in float32 (float64 stays), in w's shape."""
-    accumulate = jnp.promote_types(x.dtype, jnp.float32)
+    """x^T g summed over all tokens, in w's shape; in x's dtype, but float32 for float16, which a sum may pass."""
+    accumulate = jnp.float32 if x.dtype == jnp.float16 else x.dtype
     left, right = (x, g) if loss.vocab_dim == 1 else (g, x)
     left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
 

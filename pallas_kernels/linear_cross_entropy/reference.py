@@ -22,22 +22,34 @@ class Loss(NamedTuple):
     ignore_index: int | None = None
     soft_cap: float | None = None  # l = cap tanh(raw / cap): Gemma Team, Gemma 2, 2024
     axis_name: str | None = None  # the mesh axis that splits V, inside shard_map
-
-    def num_real(self, w: jax.Array) -> int:
-        """Columns of the whole vocabulary, over all shards."""
-        return self.vocab_size or w.shape[self.vocab_dim] * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
+    shard_size: int | None = None  # columns of one shard of it
+    num_real: int = 0  # columns of the whole vocabulary
 
 
-def logits_of(x: jax.Array, w: jax.Array, loss: Loss) -> tuple[jax.Array, jax.Array]:
-    """Soft-capped logits[..., T, V] in float32 (float64 stays), padding at -inf; and the vocabulary's index of each column."""
+def loss_of(w: jax.Array, options: dict[str, Any]) -> Loss:
+    """The options with the vocabulary's sizes, from one shard's w."""
+    loss = Loss(**{name: value for name, value in options.items() if name != "num_chunks"})
+    here = w.shape[loss.vocab_dim]
+    if loss.axis_name is None:
+        return loss._replace(num_real=loss.vocab_size or here)
+    return loss._replace(shard_size=here, num_real=loss.vocab_size or here * jax.lax.axis_size(loss.axis_name))
+
+
+def _offset(loss: Loss) -> Any:
+    return jax.lax.axis_index(loss.axis_name) * loss.shard_size
+
+
+def logits_of(x: jax.Array, w: jax.Array, loss: Loss, first: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Soft-capped logits[..., T, V] in float32 (float64 stays), padding at -inf; and the vocabulary's index of each column.
+
+    `w` may be the part of this shard's that begins at column `first`.
+    """
     contract = "...d,dv->...v" if loss.vocab_dim == 1 else "...d,vd->...v"
     logits = jnp.einsum(contract, x, w)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if loss.soft_cap is not None:
         logits = loss.soft_cap * jnp.tanh(logits / loss.soft_cap)
-    columns = jnp.arange(logits.shape[-1])
-    if loss.axis_name:
-        columns = columns + jax.lax.axis_index(loss.axis_name) * logits.shape[-1]
+    columns = jnp.arange(logits.shape[-1]) + (first if loss.shard_size is None else first + _offset(loss))
     if loss.vocab_size is not None:
         logits = jnp.where(columns < loss.vocab_size, logits, -jnp.inf)
     return logits, columns
@@ -61,8 +73,7 @@ def picked(logits: jax.Array, columns: jax.Array, targets: jax.Array, loss: Loss
     if not loss.label_smoothing:
         return chosen
     total = jnp.sum(jnp.where(jnp.isfinite(logits), logits, 0.0), axis=-1)
-    size = loss.vocab_size or logits.shape[-1] * (jax.lax.axis_size(loss.axis_name) if loss.axis_name else 1)
-    return (1 - loss.label_smoothing) * chosen + loss.label_smoothing / size * total
+    return (1 - loss.label_smoothing) * chosen + loss.label_smoothing / loss.num_real * total
 
 
 def combine(lse: jax.Array, part: jax.Array, targets: jax.Array, loss: Loss) -> jax.Array:
@@ -73,7 +84,7 @@ def combine(lse: jax.Array, part: jax.Array, targets: jax.Array, loss: Loss) -> 
 
 def losses(x: jax.Array, w: jax.Array, targets: jax.Array, **options: Any) -> jax.Array:
     """Losses[..., T], with the logits in memory; JAX differentiates it."""
-    loss = Loss(**{name: value for name, value in options.items() if name != "num_chunks"})
+    loss = loss_of(w, options)
     logits, columns = logits_of(x, w, loss)
     part = picked(logits, columns, targets, loss)
     part = jax.lax.psum(part, loss.axis_name) if loss.axis_name else part
