@@ -25,6 +25,16 @@ def _large(call: Call) -> str | None:
     return f"one example's logits take {num_bytes / 1e6:,.0f} MB" if num_bytes > chunks.LARGE_BYTES else None
 
 
+def _too_large(call: Call) -> str | None:
+    return None if _may_reduce_in_its_loop(call) else _large(call)
+
+
+def _may_reduce_in_its_loop(call: Call) -> str | None:
+    """Under Auto axes a split batch has w's gradient added up part by part, in the loop."""
+    is_local = jax.sharding.get_abstract_mesh().manual_axes or jax.device_count() == 1
+    return None if is_local else "outside shard_map a batch may be split: its loop would then hold reductions"
+
+
 LOSSES = Op(
     "linear_cross_entropy",
     [Implementation("chunked", chunked.losses, _floating), Implementation("reference", reference.losses)],
@@ -32,7 +42,7 @@ LOSSES = Op(
 TOTAL = Op(
     "linear_cross_entropy_sum",
     [
-        Implementation("fused", fused.total, _floating, loses=_large),
+        Implementation("fused", fused.total, _floating, loses=_too_large),
         Implementation("chunked", chunked.total, _floating),
         Implementation("reference", reference.total),
     ],

@@ -1,6 +1,7 @@
-"""A part of the vocabulary at a time, in XLA's own operations: what exists of the logits is one part's, forward and backward.
+"""A part of the vocabulary at a time, in XLA's own operations: what exists of the logits is one part's.
 
-The backward pass computes them again: 8 N D V operations where the plain form has 6, and V / 8 of its memory. The cotangent of
+A loop, since compilers may drop a barrier before they schedule, and then hold all parts at once. The backward pass computes
+them again: 8 N D V operations where the plain form has 6, and V / 8 of its memory. The cotangent of
 each token's loss may be anything.
 """
 
@@ -42,13 +43,14 @@ def _statistics(
     loss: Loss, num_chunks: int | None, x: jax.Array, w: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """This shard's log-sum-exp and picked logits, per token."""
-    lses, parts = [], []
-    for start, stop in chunks.cuts(w.shape[loss.vocab_dim], num_chunks):
-        here = _in_turn(x, lses)
-        chunk = chunks.look(here, _part(w, start, stop, loss), targets, loss, start)
-        lses.append(chunk.lse)
-        parts.append(chunk.part)
-    return jax.nn.logsumexp(jnp.stack(lses), axis=0), sum(parts[1:], parts[0])
+    cut, w = chunks.cut(w.shape[loss.vocab_dim], num_chunks), _once(w)
+
+    def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
+        chunk = _look(cut, x, w, targets, loss, index)
+        return (jnp.logaddexp(carry[0], chunk.lse), carry[1] + chunk.part), None
+
+    first = _look(cut, x, w, targets, loss, jnp.int32(0))
+    return jax.lax.scan(step, (first.lse, first.part), jnp.arange(1, cut.number, dtype=jnp.int32))[0]
 
 
 def _forward(loss: Loss, num_chunks: int | None, x: jax.Array, w: jax.Array, targets: jax.Array) -> Any:
@@ -58,25 +60,44 @@ def _forward(loss: Loss, num_chunks: int | None, x: jax.Array, w: jax.Array, tar
 
 def _backward(loss: Loss, num_chunks: int | None, saved: Any, cotangents: Any) -> Any:
     x, w, targets, lse = saved
-    dxs, dws = [], []
-    dw = jnp.zeros(w.shape, w.dtype)
-    for start, stop in chunks.cuts(w.shape[loss.vocab_dim], num_chunks):
-        here, part = _in_turn(x, [*dxs, *dws]), _part(w, start, stop, loss)
-        chunk = chunks.look(here, part, targets, loss, start)
-        g = chunks.logits_gradient(chunk, lse, targets, *cotangents, loss).astype(x.dtype)
-        dxs = [sum(dxs, chunks.input_gradient(g, part, loss))]
-        dws = [chunks.weight_gradient(here, g, loss).astype(w.dtype)]
-        dw = jax.lax.dynamic_update_slice_in_dim(dw, dws[0], start, loss.vocab_dim)
-    return dxs[0].astype(x.dtype), dw, None
+    cut, w = chunks.cut(w.shape[loss.vocab_dim], num_chunks), _once(w)
+
+    def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
+        dx, dw = carry
+        part, chunk = cut.of(w, index, loss), _look(cut, x, w, targets, loss, index)
+        of_lse, of_part = cotangents
+        g = chunks.logits_gradient(chunk, lse, targets, of_lse, of_part, loss).astype(x.dtype)
+        dx = dx + chunks.input_gradient(g, part, loss)
+        more = chunks.weight_gradient(x, g, loss).astype(w.dtype)
+        if cut.vocab % cut.size:  # the last part overlaps the one before it, with zeros
+            more = more + cut.of(dw, index, loss)
+        return (dx, jax.lax.dynamic_update_slice_in_dim(dw, more, cut.start(index), loss.vocab_dim)), None
+
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    # Zeros made of the operands vary over the mesh axes that the operands vary over.
+    zeros = (jnp.zeros_like(x, wide) + _nothing(lse, wide), jnp.zeros_like(w) + _nothing(lse, w.dtype))
+    (dx, dw), _ = jax.lax.scan(step, zeros, jnp.arange(cut.number, dtype=jnp.int32))
+    return dx.astype(x.dtype), dw, None
 
 
 _statistics.defvjp(_forward, _backward)
 
 
-def _part(w: jax.Array, start: int, stop: int, loss: Loss) -> jax.Array:
-    return jax.lax.slice_in_dim(w, start, stop, axis=loss.vocab_dim)
+def _look(cut: chunks.Cut, x: jax.Array, w: jax.Array, targets: jax.Array, loss: Loss, index: jax.Array) -> chunks.Chunk:
+    fresh = index * cut.size if cut.vocab % cut.size else None
+    return chunks.look(x, cut.of(w, index, loss), targets, loss, cut.start(index), fresh)
 
 
-def _in_turn(x: jax.Array, after: list[jax.Array]) -> jax.Array:
-    """`x`, not to be looked at before `after` is there: one part's logits at a time."""
-    return jax.lax.optimization_barrier((x, *after))[0] if after else x
+def _once(w: jax.Array) -> jax.Array:
+    """`w`, used before the loop: a program that gathers its shards where they are used then gathers them once, not in the loop.
+
+    Compilers drop the empty half.
+    """
+    return jnp.concatenate([w, w[:0]], axis=0)
+
+
+def _nothing(lse: jax.Array, dtype: Any) -> jax.Array:
+    """Zero, as varying over mesh axes as `lse` is."""
+    axes = tuple(sorted(varying(lse)))
+    zero = jnp.zeros((), dtype)
+    return jax.lax.pcast(zero, axes, to="varying") if axes else zero

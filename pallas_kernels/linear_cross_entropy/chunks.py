@@ -1,11 +1,6 @@
-"""The logits of a part of the vocabulary: their statistics per token, and the gradients of any function of those.
+"""The logits of a part of the vocabulary: their statistics per token, and the gradients of any function of those."""
 
-Parts are written out one after the other and not as a loop: uses of w then stand side by side, and a program that gathers w
-gathers it once. A part's gradient of w is final, so nothing is summed over parts but x's gradient.
-"""
-
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +9,28 @@ from pallas_kernels.linear_cross_entropy.reference import Loss, logits_of, picke
 
 LARGE_BYTES = 256 * 2**20  # of one example's logits: from there on memory is worth computing them twice
 _NUM_CHUNKS = 8
-_LANES = 128  # of a TPU's tile; parts start on whole tiles
+_LANES = 128  # of a TPU's tile: parts are whole tiles
 
 
-def cuts(vocab: int, num_chunks: int | None) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the parts of a vocabulary, nearly equal."""
+class Cut(NamedTuple):
+    """Parts of a vocabulary, all of one size: the last begins early where they do not fit, and leaves out what others had."""
+
+    number: int
+    size: int
+    vocab: int
+
+    def start(self, index: Any) -> Any:
+        return jnp.minimum(index * self.size, self.vocab - self.size)
+
+    def of(self, w: jax.Array, index: Any, loss: Loss) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(w, self.start(index), self.size, loss.vocab_dim)
+
+
+def cut(vocab: int, num_chunks: int | None) -> Cut:
+    """`num_chunks` parts (None: 8), fewer where whole tiles make fewer."""
     size = -(-vocab // max(1, min(num_chunks or _NUM_CHUNKS, vocab)))
-    size = -(-size // _LANES) * _LANES if size > _LANES else size
-    return ((start, min(start + size, vocab)) for start in range(0, vocab, size))
+    size = min(-(-size // _LANES) * _LANES, vocab) if size > _LANES else size
+    return Cut(-(-vocab // size), size, vocab)
 
 
 class Chunk(NamedTuple):
@@ -33,9 +42,12 @@ class Chunk(NamedTuple):
     columns: jax.Array
 
 
-def look(x: jax.Array, w: jax.Array, targets: jax.Array, loss: Loss, first: int = 0) -> Chunk:
-    """`w` is the part that begins at column `first` of this shard's."""
+def look(x: jax.Array, w: jax.Array, targets: jax.Array, loss: Loss, first: Any = 0, fresh: Any = None) -> Chunk:
+    """`w` is the part that begins at column `first` of this shard's; columns before `fresh` belong to another part."""
     logits, columns = logits_of(x, w, loss, first)
+    if fresh is not None:
+        is_fresh = first + jnp.arange(logits.shape[-1]) >= fresh
+        logits, columns = jnp.where(is_fresh, logits, -jnp.inf), jnp.where(is_fresh, columns, -1)
     return Chunk(jax.nn.logsumexp(logits, axis=-1), picked(logits, columns, targets, loss), logits, columns)
 
 

@@ -22,7 +22,7 @@ class Loss(NamedTuple):
     ignore_index: int | None = None
     soft_cap: float | None = None  # l = cap tanh(raw / cap): Gemma Team, Gemma 2, 2024
     axis_name: str | None = None  # the mesh axis that splits V, inside shard_map
-    shard_size: int | None = None  # columns of one shard of it
+    shard_size: int = 0  # columns of one shard of it
     num_real: int = 0  # columns of the whole vocabulary
 
 
@@ -39,7 +39,7 @@ def _offset(loss: Loss) -> Any:
     return jax.lax.axis_index(loss.axis_name) * loss.shard_size
 
 
-def logits_of(x: jax.Array, w: jax.Array, loss: Loss, first: int = 0) -> tuple[jax.Array, jax.Array]:
+def logits_of(x: jax.Array, w: jax.Array, loss: Loss, first: Any = 0) -> tuple[jax.Array, jax.Array]:
     """Soft-capped logits[..., T, V] in float32 (float64 stays), padding at -inf; and the vocabulary's index of each column.
 
     `w` may be the part of this shard's that begins at column `first`.
@@ -49,7 +49,7 @@ def logits_of(x: jax.Array, w: jax.Array, loss: Loss, first: int = 0) -> tuple[j
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if loss.soft_cap is not None:
         logits = loss.soft_cap * jnp.tanh(logits / loss.soft_cap)
-    columns = jnp.arange(logits.shape[-1]) + (first if loss.shard_size is None else first + _offset(loss))
+    columns = jnp.arange(logits.shape[-1]) + (first if loss.axis_name is None else first + _offset(loss))
     if loss.vocab_size is not None:
         logits = jnp.where(columns < loss.vocab_size, logits, -jnp.inf)
     return logits, columns
