@@ -30,6 +30,7 @@ class Call(NamedTuple):
     device_kind: str
     arrays: tuple[jax.ShapeDtypeStruct, ...]
     options: Mapping[str, Any]
+    is_local: bool = False  # arrays are surely one device's: inside shard_map, or there is no other device
 
     @property
     def is_gpu(self) -> bool:
@@ -130,6 +131,11 @@ def device_kind() -> str:
     return _target.get() or jax.devices()[0].device_kind
 
 
+def _is_local() -> bool:
+    inside = bool(jax.sharding.get_abstract_mesh().manual_axes)
+    return inside or (_target.get() is None and jax.device_count() == 1)
+
+
 @cache
 def _ran() -> frozenset[tuple[str, str, str]]:
     """(operation, implementation, device kind) of every kernel that has run on its device and equalled its reference there."""
@@ -146,7 +152,7 @@ class Op:
         """Run the chosen or named implementation on arrays; `options` are static."""
         arrays = alike(arrays)
         avals = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
-        call = Call(device_kind(), avals, options)
+        call = Call(device_kind(), avals, options, _is_local())
         chosen, reason = self.insist(implementation, call) if implementation else self.choose(call)
         choice = Choice(self.name, chosen.name, reason, tuple(map(short, avals)))
         for choices in _records.get():

@@ -26,13 +26,8 @@ def _large(call: Call) -> str | None:
 
 
 def _too_large(call: Call) -> str | None:
-    return None if _may_reduce_in_its_loop(call) else _large(call)
-
-
-def _may_reduce_in_its_loop(call: Call) -> str | None:
-    """Under Auto axes a split batch has w's gradient added up part by part, in the loop."""
-    is_local = jax.sharding.get_abstract_mesh().manual_axes or jax.device_count() == 1
-    return None if is_local else "outside shard_map a batch may be split: its loop would then hold reductions"
+    """Only where the batch is surely not split: under Auto axes the loop over parts would hold a reduction of each."""
+    return _large(call) if call.is_local else None
 
 
 LOSSES = Op(

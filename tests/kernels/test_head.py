@@ -49,8 +49,15 @@ def test_any_shape(length, vocab, dim, num_chunks, leading, seed):
     assert_close(*both(FUNCTIONS[seed % 2], x, w, targets, num_chunks=num_chunks), tolerance=1e-4)
 
 
-@pytest.mark.parametrize("check_vma", [False, True])
-@pytest.mark.parametrize(("function", "name"), [(FUNCTIONS[0], "chunked"), (FUNCTIONS[1], "fused")])
+@pytest.mark.parametrize(
+    ("function", "name", "check_vma"),
+    [
+        (FUNCTIONS[0], "chunked", True),
+        (FUNCTIONS[1], "fused", False),
+        pytest.param(FUNCTIONS[0], "chunked", False, marks=pytest.mark.slow),
+        pytest.param(FUNCTIONS[1], "fused", True, marks=pytest.mark.slow),
+    ],
+)
 def test_vocabulary_over_a_mesh_axis(function, name, check_vma):
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     random = np.random.default_rng()
