@@ -33,6 +33,7 @@ class Report:
     peak_buffers: Sequence[Mapping[str, Any]] = ()  # the largest temporaries at the peak: array, bytes, role, source, ...
     memory_timeline: Mapping[str, Sequence[int]] = field(default_factory=dict)  # role -> bytes at moments of the step
     collectives: Sequence[Mapping[str, Any]] = ()  # kind, axis, dtype, arrays, times, wire_bytes, loop_depth, serves, source
+    kernels: Sequence[Mapping[str, Any]] = ()  # op, implementation, reason, arrays, calls: which one each call took
     donated: Mapping[str, int] = field(default_factory=dict)  # {"leaves": given back in place, "of": all}
     num_compiled: int = 1  # programs that this step has compiled: one for each state structure and batch shape
     leaves: Sequence[Mapping[str, Any]] = ()  # path, dtype, shape, role, spec, bytes_per_device, why
@@ -57,6 +58,7 @@ class Report:
                 f"Temporaries {human(self.temp_bytes)}, peak {human(self.peak_bytes)}{self._in_use()}",
                 self._compiled(),
                 *(["\nLargest temporaries at the peak", self.buffer_table(5).rstrip()] if self.peak_buffers else []),
+                *(["\nKernels", self.kernel_table().rstrip()] if self.kernels else []),
                 "\nFindings" if self.findings else "\nNo findings",
                 *(textwrap.fill(line, WIDTH, initial_indent="- ", subsequent_indent="  ") for line in self.findings),
             ]
@@ -77,6 +79,13 @@ class Report:
         for one in self.peak_buffers[:most]:
             made_at = one["source"].rsplit("/", 1)[-1] or one["op_name"] or one["instruction"]
             table.add_row(one["array"], one["role"], human(one["bytes"]), made_at)
+        return render(table)
+
+    def kernel_table(self) -> str:
+        """One row per operation that has several implementations: which one its calls take, and why."""
+        table = _table("operation", "takes", right=("calls",), last=("of", "because"))
+        for one in self.kernels:
+            table.add_row(one["op"], one["implementation"], str(one["calls"]), ", ".join(one["arrays"]), one["reason"])
         return render(table)
 
     def collective_table(self) -> str:

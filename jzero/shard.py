@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+import pallas_kernels
 from jzero import mesh as meshes
 from jzero import remat as remats
 from jzero import watch
@@ -240,7 +241,10 @@ class ShardedStep:
             compiler_options=compiler.options(options.mesh),
         )  # fmt: skip
         abstract = jax.tree.unflatten(placed.treedef, placed.avals)
-        return jitted.lower(abstract, *batch), traces[0]
+        with pallas_kernels.target(options.mesh.devices.flat[0].device_kind), pallas_kernels.recording() as choices:
+            lowered = jitted.lower(abstract, *batch)
+        traces[0].choices = tuple(choices)
+        return lowered, traces[0]
 
     def unsharded(self, statics: Statics) -> Callable[..., Any]:
         """The same step as one device runs it, on a state without its static leaves."""

@@ -1,6 +1,13 @@
-"""Kernels for GPUs and TPUs, one folder per operation. None has landed yet.
+"""Kernels for training on GPUs and TPUs, one folder per operation; imports jax only.
 
-A folder `pallas_kernels/<op>/` will hold `reference.py` (plain jax.numpy, what the others must equal), `gpu.py`, `tpu.py`,
-`shapes.py` (sizes from real models, for tests, tuning and benchmarks) and an `__init__.py` that chooses: `implementation=None`
-takes the best that runs here, a name insists on it. Nothing in this package imports anything but jax.
+Every operation takes `implementation=None`, which chooses by device, shape and dtype, or a name, which insists.
 """
+
+from pallas_kernels.dispatch import Choice as Choice
+from pallas_kernels.dispatch import disabled as disabled
+from pallas_kernels.dispatch import found_in as found_in
+from pallas_kernels.dispatch import interpreted as interpreted
+from pallas_kernels.dispatch import recording as recording
+from pallas_kernels.dispatch import target as target
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy_sum as linear_cross_entropy_sum

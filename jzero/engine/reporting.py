@@ -1,11 +1,13 @@
 """A compiled step's report: the audit of its program beside the formulas of its stage."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
+import pallas_kernels
 from jzero import audit as audits
 from jzero import hlo, traffic
 from jzero._tree import num_bytes, short
@@ -46,6 +48,7 @@ def report(subject: Subject, faults: Sequence[str], batch: tuple[Any, ...], num_
         peak_buffers=memory.at_peak(measured.memory),
         memory_timeline=memory.timeline(measured.memory, {role: row["measured"] for role, row in resting.items()}),
         collectives=serving.collectives(subject),
+        kernels=_kernels(trace),
         donated={"leaves": sum(parameter.aliased for parameter in reused), "of": len(layout.avals)},
         num_compiled=num_compiled,
         leaves=_leaves(layout),
@@ -66,6 +69,20 @@ def _engine(fn: Any, trace: Trace) -> str:
     if trace.pipeline:
         return f"pipeline ({trace.pipeline['schedule']})"
     return "composed" if trace.manual else "composed (global)"
+
+
+def _kernels(trace: Trace) -> list[dict[str, Any]]:
+    """Every call of an operation with several implementations: the program says which, what was recorded says why.
+
+    A function that was traced before, under a `jit` of the user's, is not traced again: then no reason is known.
+    """
+    why = {choice._replace(reason=""): choice.reason for choice in trace.choices}
+    found = pallas_kernels.found_in(trace.jaxpr) if trace.jaxpr is not None else []
+    counts = Counter(choice._replace(reason="") for choice in found)
+    return [
+        {**choice._asdict(), "arrays": list(choice.arrays), "reason": why.get(choice, "traced before"), "calls": calls}
+        for choice, calls in counts.items()
+    ]
 
 
 def _resting(layout: Layout, batch: Any, shardings: list[Any], options: Options) -> dict[str, dict[str, int]]:

@@ -13,7 +13,7 @@ from jzero.models.config import GPT2Config, LlamaConfig, ModelConfig, preset
 from jzero.models.gpt2 import GPT2Layer, GPT2Outer
 from jzero.models.layers import Attention, run_layers
 from jzero.models.llama import LlamaLayer, LlamaOuter
-from jzero.models.loss import next_token_loss
+from jzero.models.loss import next_token_loss, next_token_loss_without_logits
 
 _MODULES: dict[type, tuple[Any, Any]] = {GPT2Config: (GPT2Layer, GPT2Outer), LlamaConfig: (LlamaLayer, LlamaOuter)}
 
@@ -36,13 +36,22 @@ class Model(NamedTuple):
     head: Callable[[Any, jax.Array], jax.Array]  # params, x -> logits, padding included
 
 
-def build(model: str | ModelConfig, *, scan_layers: bool = True, attention: Attention | None = None, **changes: Any) -> Model:
+def build(
+    model: str | ModelConfig,
+    *,
+    scan_layers: bool = True,
+    attention: Attention | None = None,
+    loss: str = "plain",
+    **changes: Any,
+) -> Model:
     """A GPT-2 or Llama as pure functions.
 
     Args:
         model: a preset's name or a config. Keyword `changes` replace fields of a preset.
         scan_layers: stack the layers and scan over them (compile time does not grow with depth), or unroll a list.
         attention: None chooses by device and dtype; "plain" or "cudnn" insists.
+        loss: "plain", or the head of `pallas_kernels`: "fused" and "chunked" keep no logits for the backward pass, "reference"
+            does, "auto" chooses (`jzero.models.loss`). Plans count the plain one.
 
     Compute follows the dtype of the parameters: cast them to bfloat16 and activations are bfloat16, with norms,
     softmax and loss in float32.
@@ -90,12 +99,18 @@ def build(model: str | ModelConfig, *, scan_layers: bool = True, attention: Atte
     def apply(params: Any, tokens: jax.Array) -> jax.Array:
         return padded_logits(params, tokens)[..., : config.vocab_size]
 
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = padded_logits(params, tokens[:, :-1])
-        return next_token_loss(logits, tokens[:, 1:], vocab_size=config.vocab_size)
+    def mean_loss(params: Any, tokens: jax.Array) -> jax.Array:
+        x = run_layers(layer, embed(params, tokens[:, :-1]), params["layers"])
+        if loss == "plain":
+            return next_token_loss(head(params, x), tokens[:, 1:], vocab_size=config.vocab_size)
+        x, w, vocab_dim = outer(params).before_logits(x)
+        chosen = None if loss == "auto" else loss
+        return next_token_loss_without_logits(
+            x, w, tokens[:, 1:], vocab_dim=vocab_dim, vocab_size=config.vocab_size, implementation=chosen
+        )
 
     num_params = count_params(jax.eval_shape(init, jax.random.key(0))) - _num_padding(config)
-    return Model(config, init, apply, loss, num_params, _flops_per_token(config, num_params), embed, layer, head)
+    return Model(config, init, apply, mean_loss, num_params, _flops_per_token(config, num_params), embed, layer, head)
 
 
 def count_params(params: Any) -> int:

@@ -52,3 +52,7 @@ class GPT2Outer(nnx.Module):
 
     def head(self, x: jax.Array) -> jax.Array:
         return self.wte.logits(self.ln_f(x))
+
+    def before_logits(self, x: jax.Array) -> tuple[jax.Array, jax.Array, int]:
+        """What the logits are a product of, and which dim of the weight is the vocabulary."""
+        return self.ln_f(x), self.wte.embedding[...], 0

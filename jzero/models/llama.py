@@ -64,3 +64,8 @@ class LlamaOuter(nnx.Module):
     def head(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)
         return self.wte.logits(x) if self.lm_head is None else self.lm_head(x)
+
+    def before_logits(self, x: jax.Array) -> tuple[jax.Array, jax.Array, int]:
+        """What the logits are a product of, and which dim of the weight is the vocabulary."""
+        x = self.norm(x)
+        return (x, self.wte.embedding[...], 0) if self.lm_head is None else (x, self.lm_head.kernel[...], 1)

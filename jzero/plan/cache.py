@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pallas_kernels
+
 _WHEELS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax", "optax")
 
 
@@ -43,10 +45,11 @@ def _file(job: dict[str, Any]) -> Path:
 
 @cache
 def _versions() -> list[str]:
-    """Of every wheel that has a part in the program, and of jzero's own source."""
+    """Of every wheel that has a part in the program, and of our own source."""
     source = hashlib.sha256()
-    for file in sorted(Path(__file__).resolve().parent.parent.rglob("*.py")):
-        source.update(file.read_bytes())
+    for package in (Path(__file__).resolve().parent.parent, Path(pallas_kernels.__file__).resolve().parent):
+        for file in sorted(file for file in package.rglob("*") if file.suffix in (".py", ".json")):
+            source.update(file.read_bytes())
     return [*(f"{wheel} {_version(wheel)}" for wheel in _WHEELS), source.hexdigest()]
 
 

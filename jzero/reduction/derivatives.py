@@ -6,20 +6,25 @@ from typing import Any
 import jax
 
 from jzero.reduction.programs import Context, is_literal
-from jzero.reduction.states import ONE, AnyState, Constant, Independent, Mixed, PerExample, Sum
+from jzero.reduction.states import INDEPENDENT, ONE, AnyState, Constant, Independent, Mixed, PerExample, Sum
 
 
 def satisfies(got: AnyState, want: AnyState) -> bool:
     if isinstance(got, Constant):
-        return got.small == got.large and (got.small == 0 or want == Sum(ONE))
+        return got.small == got.large and (got.small == 0 or want in (Sum(ONE), INDEPENDENT))
     return got == want or (isinstance(got, Independent) and isinstance(want, Sum) and got.ratio == want.ratio)
 
 
 def cotangent(state: AnyState, context: Context) -> AnyState:
-    """What the gradient of a mean over the batch is to such a value: one N-th per example, else a mean over shards."""
+    """What the gradient of a mean over the batch is to such a value: one N-th per example, else a mean over shards.
+
+    After a sum only factors follow that are the same in every shard, or the loss would be mixed: so is the sum's cotangent.
+    """
     if isinstance(state, PerExample):
         return PerExample(state.dim, state.outer, 1 / (state.ratio * context.factor))
-    if isinstance(state, Independent | Sum):
+    if isinstance(state, Sum):
+        return Independent(1 / state.ratio)
+    if isinstance(state, Independent):
         return Sum(1 / state.ratio)
     return state if isinstance(state, Mixed) else Sum(ONE)
 

@@ -1,0 +1,84 @@
+"""Kernels inside a sharded step: its report lists them, its loss does not change with them, its gradient stays manual."""
+
+import contextlib
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import jzero
+import pallas_kernels
+from jzero import models
+from jzero.engine import compiler
+
+LOSSES = {
+    "plain": ("plain", None),
+    "all off": ("auto", pallas_kernels.disabled()),
+    "auto": ("auto", None),
+    "chunked": ("chunked", None),
+}
+
+
+@pytest.fixture(autouse=True)
+def quick_compiles(monkeypatch):
+    """Without LLVM's optimizer: half the time, and no HLO changes."""
+    needed = compiler.options
+    monkeypatch.setattr(compiler, "options", lambda mesh: {**needed(mesh), "xla_backend_optimization_level": "0"})
+
+
+def build(loss):
+    model = models.build("gpt2-tiny", num_layers=1, dim=96, num_heads=3, vocab_size=250, padded_vocab_size=264, loss=loss)
+    return model, jzero.make_train_step(model.loss, optax.adamw(1e-2))
+
+
+def curve(params, loss, context):
+    """Losses of a few steps on one text, and the step's report."""
+    text = np.frombuffer(jzero.__doc__.encode() * 40, np.uint8)[: 3 * 8 * 33].reshape(3, 8, 33).astype(np.int32)
+    with context or contextlib.nullcontext():
+        own = build(loss)[1]
+        step = jzero.shard(own, stage=3)
+        state = step.place(own.init(params))
+        report = step.report(state, text[0])
+        losses = []
+        for index in range(9):
+            state, metrics = step(state, text[index % 3])
+            losses.append(float(metrics["loss"]))
+    return losses, report
+
+
+def test_the_loss_curve_is_the_same_with_kernels_and_without():
+    params = jax.jit(build("plain")[0].init)(jax.random.key(0))
+    curves = {name: curve(params, *how) for name, how in LOSSES.items()}
+    wanted = curves["plain"][0]
+    assert wanted[-1] < 0.8 * wanted[0]
+    for losses, _ in curves.values():
+        np.testing.assert_allclose(losses, wanted, rtol=2e-3)  # Adam amplifies the rounding of a different order of sums
+        np.testing.assert_allclose(losses[0], wanted[0], rtol=1e-6)
+    said = {
+        name: [(row["implementation"], row["reason"], row["calls"]) for row in report.kernels]
+        for name, (_, report) in curves.items()
+    }
+    assert said == {
+        "all off": [("reference", "kernels are disabled", 1)],
+        "plain": [],
+        "auto": [("fused", "preferred here", 1)],
+        "chunked": [("chunked", "named by the caller", 1)],
+    }
+    assert curves.pop("plain")[1].engine == "composed"
+    for _, report in curves.values():
+        assert report.engine == "composed"
+        assert "linear_cross_entropy_sum" in str(report)
+        assert report.to_dict()["kernels"][0]["arrays"][0] == "float32[1,32,96]"  # one shard's
+
+
+@pytest.mark.slow
+def test_a_large_vocabulary_takes_parts_in_the_shard():
+    """Under shard_map one example's logits past 256 MiB are made part by part; nothing is compiled or run here."""
+    model = models.build("llama-8b", num_layers=1, loss="auto")
+    own = jzero.make_train_step(model.loss, optax.sgd(1e-2), precision="bf16")
+    step = jzero.shard(own, stage=3)
+    state = jax.eval_shape(lambda key: own.init(model.init(key)), jax.random.key(0))
+    with pallas_kernels.recording() as choices:
+        step.lower(state, jax.ShapeDtypeStruct((8, 2049), np.int32))
+    assert choices[-1].implementation == "chunked"

@@ -1,0 +1,51 @@
+"""Every operation x implementation x shape x dtype: value and gradient equal the float64 reference's."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops import DTYPES, ROWS, apart, cases, is_real, output_shapes, value_and_gradient
+
+import pallas_kernels
+
+QUICK = {  # seconds each; `make test-all` runs every row
+    ("sum gpt2-124m ", "fused", "bfloat16"),
+    ("sum gpt2-124m ", "chunked", "bfloat16"),
+    ("sum llama-70b ignore_index=2,label_smoothing=0.1,z_loss=0.01,soft_cap=5.0", "fused", "float32"),
+    ("losses llama-70b ignore_index=2,label_smoothing=0.1,z_loss=0.01,soft_cap=5.0", "chunked", "float32"),
+    ("layer norm gpt2-124m + residual", "mosaic_tpu", "float32"),
+    ("layer norm gpt2-124m + residual", "mosaic_gpu", "float32"),
+}
+
+
+def law_cases():
+    for name, implementation in cases():
+        for dtype in DTYPES:
+            is_slow = (name, implementation, dtype) not in QUICK
+            marks = [pytest.mark.slow] if is_slow else []
+            yield pytest.param(name, implementation, dtype, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "implementation", "dtype"), list(law_cases()))
+def test_parity(name, implementation, dtype):
+    row, seed = ROWS[name], time.time_ns() % 2**32
+    print(f"seed {seed}")
+    random = np.random.default_rng(seed)
+    drawn = {key: value.astype(jnp.dtype(dtype)) if is_real(value) else value for key, value in row.make(random).items()}
+    arrays = {key: jnp.asarray(value) for key, value in drawn.items()}
+    weights = [random.normal(size=shape) for shape in output_shapes(row, arrays)]
+    with jax.enable_x64(True):
+        exact = {key: jnp.asarray(value, jnp.float64 if is_real(value) else value.dtype) for key, value in drawn.items()}
+        wanted = value_and_gradient(row, row.op.reference, exact, weights)
+    own = value_and_gradient(row, row.op.reference, arrays, weights)
+    with pallas_kernels.interpreted():
+        found = value_and_gradient(row, implementation, arrays, weights)
+    allowed = 1e-5 if dtype == "float32" else 4e-3  # of bfloat16's 8 bits: one rounding of the result
+    for one, reference, true in zip(found, own, wanted, strict=True):
+        assert apart(one, true) <= 1.5 * apart(reference, true) + allowed
+
+
+def test_quick_rows_exist():
+    assert {(name, implementation) for name, implementation, _ in QUICK} <= set(cases())
