@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.rows import Along, Pass
 
@@ -15,16 +14,24 @@ _PROGRAMS = 132 * 4  # where sums are kept: a few per multiprocessor of an H100,
 _ALONG = Along(jnp.sum, jnp.max)
 
 
+def _mosaic() -> Any:
+    """Imported when a kernel is made: importing it sets environment variables."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu
+
+
 def layout_of(dim: int, dtypes: Sequence[Any]) -> Any:
     """Every array of a row lies over the threads alike: vectors of up to 16 bytes of the widest dtype."""
     vector = 16 // max(jnp.dtype(dtype).itemsize for dtype in dtypes)
     while dim % (_THREADS * vector):
         vector //= 2
-    return plgpu.Layout.WG_STRIDED((dim,), vec_size=vector)
+    return _mosaic().Layout.WG_STRIDED((dim,), vec_size=vector)
 
 
 def run(one: Pass, rows: Sequence[jax.Array], shared: Sequence[jax.Array] = (), *, interpret: bool = False) -> list[jax.Array]:
     """Outputs [N, D], then sums float32[D]."""
+    plgpu = _mosaic()
     num_rows, dim = rows[0].shape
     programs = min(num_rows, _PROGRAMS) if one.num_sums else num_rows
     each = pl.cdiv(num_rows, programs)
@@ -65,5 +72,5 @@ def run(one: Pass, rows: Sequence[jax.Array], shared: Sequence[jax.Array] = (), 
 
 
 def _place(row: Any, dim: int, layout: Any) -> jax.Array:
-    column = plgpu.broadcasted_iota(jnp.int32, (dim,), 0, layout=layout)
+    column = _mosaic().broadcasted_iota(jnp.int32, (dim,), 0, layout=layout)
     return (row * dim + column).astype(jnp.uint32)
