@@ -168,7 +168,7 @@ def _leaves(layout: Layout) -> list[dict[str, Any]]:
 
 def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.Audit) -> list[str]:
     """What a reader should know: leaves that stayed whole, examples that meet, collectives that nobody asked for."""
-    found = list(trace.findings)
+    found = [*trace.findings, *_idle_axes(layout, options)]
     if options.stage.number > 0 and axis_size(options.mesh, "data") > 1:
         whole = [
             f"{p.leaf.path} {short(aval)} stays whole: {p.why}"
@@ -195,6 +195,18 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
         for one in audits.unknown_loops(measured)[:10]
     ]
     return found
+
+
+def _idle_axes(layout: Layout, options: Options) -> list[str]:
+    """Axes that neither split examples nor any leaf of the state."""
+    used = {name for p in layout.placements for entry in p.spec for name in (entry if isinstance(entry, tuple) else (entry,))}
+    used |= {*batch_axes(options.mesh), *(["pipe"] if options.schedule is not None else [])}
+    idle = [name for name, size in options.mesh.shape.items() if size > 1 and name not in used]
+    return [
+        f"axis '{name}' ({options.mesh.shape[name]}) splits no leaf: its devices repeat each other's work, unless constraints "
+        "in the step itself use it"
+        for name in idle
+    ]
 
 
 def _wants_data(placement: Any, options: Options) -> bool:

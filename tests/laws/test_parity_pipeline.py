@@ -171,7 +171,8 @@ LARGE = {
 }
 
 
-SLOW = ("gpipe-0", "zb_h1-2", "pipe8-1", "frozen_layer-2", "frozen_ends-3", "listed")  # what they cross, the others do too
+# What they cross, the others do too.
+SLOW = ("1f1b-1", "gpipe-0", "zb_h1-2", "pipe8-1", "uneven-3", "frozen_layer-2", "frozen_ends-3", "listed")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in (*SMALL, *LARGE)])

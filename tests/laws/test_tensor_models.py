@@ -34,6 +34,7 @@ def test_parity_and_traffic(case):
     assert all(figure["measured"] <= 1.05 * figure["formula"] for figure in data.values()), data
     shards = {leaf["path"]: leaf["spec"] for leaf in report.leaves if leaf["role"] == "params"}
     assert shards["params/wte/embedding"] == "P('tensor', 'data')"
+    assert not any("splits no leaf" in line for line in report.findings)
     if name == "llama-tiny":
         assert list(tensor) == ["all-reduce"], "what Megatron moves is sums of activations"
         kernels = [path for path in shards if path.endswith("kernel") and path != "params/lm_head/kernel"]
@@ -49,3 +50,11 @@ def test_parity_and_traffic(case):
     expected = on_host(state_expected.params)
     allowed = {path: 1e-5 * size for path, size in sizes(expected).items()}
     assert_within(on_host(state.params), expected, allowed, "parameters after a step of SGD")
+
+
+def test_an_axis_that_nothing_uses_is_a_finding():
+    train_step = jzero.make_train_step(lambda params, x: (x @ params["w"]).sum(), optax.sgd(0.1))
+    step = jzero.shard(train_step, stage=3, mesh=jzero.make_mesh(data=4, tensor=2))
+    state = step.init(train_step.init, lambda: {"w": np.ones((64, 32), np.float32)})
+    (line,) = [line for line in step.report(state, np.ones((8, 64), np.float32)).findings if "tensor" in line]
+    assert line.startswith("axis 'tensor' (2) splits no leaf: its devices repeat each other's work")
