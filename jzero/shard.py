@@ -3,62 +3,21 @@
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
-import pallas_kernels
 from jzero import mesh as meshes
-from jzero import remat as remats
-from jzero import watch
 from jzero._errors import columns, explain
 from jzero._tree import named_leaves, short
-from jzero.engine import achieved, asked, compiler, composed, opaque, pipelined, reporting
+from jzero.engine import achieved, asked, compiler, leaves, programs, reporting
 from jzero.engine.asked import WHO
-from jzero.engine.layout import Layout, Options, Trace, batch_shardings, layout
+from jzero.engine.layout import Layout, Options, layout
+from jzero.engine.programs import Program
 from jzero.engine.statics import Statics, split_statics
 from jzero.report import Report
 from jzero.step import TrainState, TrainStep
-
-
-class _Program:
-    """One compiled step: for one state structure and one batch shape."""
-
-    def __init__(self, layout: Layout, statics: Statics, lowered: Any, trace: Trace):
-        self.layout, self.statics, self.lowered, self.trace = layout, statics, lowered, trace
-        self.compiled = lowered.compile()
-        self.subject: achieved.Subject | None = None  # what the compiler made of it, measured once
-        self.faults: list[achieved.Fault] = []  # promises of the stage that it breaks
-        self.is_compared = jax.process_count() == 1  # with what the other processes run
-        self.watch = watch.from_environment()
-
-    def __call__(self, state: Any, *batch: Any) -> tuple[Any, Any]:
-        if not self.is_compared:
-            watch.compare_programs(self.lowered.as_text(), ", ".join(short(leaf) for leaf in jax.tree.leaves(batch)))
-            self.is_compared = True
-        if self.watch is None:
-            return self._run(state, *batch)
-        self.watch.begin()
-        try:
-            state, aux = self._run(state, *batch)
-        except BaseException:
-            self.watch.failed()
-            raise
-        self.watch.called(aux)
-        return state, aux
-
-    def _run(self, state: Any, *batch: Any) -> tuple[Any, Any]:
-        if not self.statics:
-            return self.compiled(state, *batch)
-        arrays, statics = split_statics(state)
-        if statics != self.statics:
-            raise TypeError("static leaves changed")
-        arrays, aux = self.compiled(arrays, *batch)
-        return statics.merge(arrays), aux
-
 
 STEPS: "weakref.WeakSet[ShardedStep]" = weakref.WeakSet()  # that are alive: a checkpoint notes which of them made its state
 
@@ -69,9 +28,9 @@ class ShardedStep:
     def __init__(self, fn: Callable[..., Any], options: Options):
         self.fn = fn
         self._options = options
-        self._programs: dict[Any, _Program] = {}
+        self._programs: dict[Any, Program] = {}
         self._evaluations: dict[Any, Callable[..., Any]] = {}
-        self._recent: dict[Any, _Program] = {}  # by batch alone: the fast way in
+        self._recent: dict[Any, Program] = {}  # by batch alone: the fast way in
         self.known: tuple[Layout, Statics] | None = None  # the last state seen: what a checkpoint is restored as
         STEPS.add(self)
 
@@ -93,7 +52,7 @@ class ShardedStep:
         return self._options
 
     def __call__(self, state: Any, *batch: Any) -> tuple[Any, Any]:
-        program = self._recent.get(_signature(batch))
+        program = self._recent.get(leaves.signature(batch))
         if program is not None:
             try:
                 return program(state, *batch)
@@ -112,7 +71,7 @@ class ShardedStep:
           make_state: returns the state. Traced, so it must not look at values.
           *args: arrays and pytrees of arrays are traced; callables and Python scalars are static.
         """
-        dynamic = [index for index, arg in enumerate(args) if not _is_static(arg)]
+        dynamic = [index for index, arg in enumerate(args) if not leaves.is_static(arg)]
 
         def make(traced: list[Any]) -> Any:
             full = list(args)
@@ -120,7 +79,7 @@ class ShardedStep:
                 full[index] = value
             arrays, statics = split_statics(make_state(*full))
             found[:] = [statics]
-            return jax.tree.map(_strong, arrays)
+            return jax.tree.map(leaves.strong, arrays)
 
         found: list[Statics] = []
         traced = [args[index] for index in dynamic]
@@ -140,29 +99,18 @@ class ShardedStep:
             fix = "Shard a step of jzero.make_train_step, or write an evaluation step of your own and shard that."
             raise TypeError(explain(WHO, "only a TrainStep knows its loss", found=[f"got {self.fn!r}"], fix=fix))
         arrays, statics = split_statics(state)
-        key = (*_signature(arrays), statics, *_signature(batch))
+        key = (*leaves.signature(arrays), statics, *leaves.signature(batch))
         if key not in self._evaluations:
-            self._evaluations[key] = self._evaluation(self._layout(arrays), statics, batch)
+            self._evaluations[key] = programs.evaluation(self.fn, self._options, self._layout(arrays), statics, batch)
         return self._evaluations[key](arrays, *batch)
-
-    def _evaluation(self, placed: Layout, statics: Statics, batch: tuple[Any, ...]) -> Callable[..., Any]:
-        options, step = self._options, self._train_step(statics)
-        if options.schedule is not None:
-            assert isinstance(self.fn, TrainStep)
-            run = pipelined.build_evaluation(self.fn, placed, options)
-        else:
-            stepped = opaque.build(lambda state, *batch: (state, step.evaluate(state, *batch)), placed, options, [])
-            run = lambda state, *batch: stepped(state, *batch)[1]
-        in_shardings = (placed.tree, *batch_shardings(batch, options.mesh, step.accumulate))
-        return jax.jit(run, in_shardings=in_shardings, compiler_options=compiler.options(options.mesh))
 
     def place(self, state: Any) -> Any:
         """A copy of `state` on the mesh; the caller's arrays stay valid, whatever the step donates later."""
         arrays, statics = split_statics(state)
-        arrays = jax.tree.map(lambda leaf: leaf if _is_strong(leaf) else _strong(leaf), arrays)
+        arrays = jax.tree.map(lambda leaf: leaf if leaves.is_strong(leaf) else leaves.strong(leaf), arrays)
         placed = self._layout(arrays)
         self.known = placed, statics
-        copies = [_copy(leaf, sharding) for leaf, sharding in zip(jax.tree.leaves(arrays), placed.shardings, strict=True)]
+        copies = [leaves.copy(leaf, sharding) for leaf, sharding in zip(jax.tree.leaves(arrays), placed.shardings, strict=True)]
         return statics.merge(jax.tree.unflatten(placed.treedef, copies))
 
     def shardings(self, state: Any) -> Any:
@@ -174,20 +122,20 @@ class ShardedStep:
     def lower(self, state: Any, *batch: Any) -> jax.stages.Lowered:
         """The step lowered for these shapes, compiled or not; works on a mesh of devices that are only described."""
         arrays, statics = split_statics(state)
-        return self._lower(self._layout(arrays), statics, batch)[0]
+        return programs.lower(self.fn, self._options, self._layout(arrays), statics, batch)[0]
 
     def report(self, state: Any, *batch: Any) -> Report:
         """What the compiled step needs and moves, measured beside the stage's formula. Compiles if it must; runs nothing."""
         program = self._program(state, *batch)
         return reporting.report(self._measured(program), achieved.lines(program.faults), batch, len(self._programs))
 
-    def _measured(self, program: _Program) -> achieved.Subject:
+    def _measured(self, program: Program) -> achieved.Subject:
         if program.subject is None:
-            fn = self._train_step(program.statics) if isinstance(self.fn, TrainStep) else self.fn
+            fn = programs.with_statics(self.fn, self._options, program.statics) if isinstance(self.fn, TrainStep) else self.fn
             program.subject = reporting.subject(fn, program.layout, self._options, program.trace, program.compiled)
         return program.subject
 
-    def _check(self, program: _Program) -> list[achieved.Fault]:
+    def _check(self, program: Program) -> list[achieved.Fault]:
         """What the program breaks of its stage's promises: an error, or with `strict=False` a warning for each."""
         found = achieved.faults(self._measured(program))
         if found and self._options.strict:
@@ -202,120 +150,25 @@ class ShardedStep:
             raise TypeError(explain(WHO, "the state must be a TrainState", found=[f"got {type(arrays).__name__}"], fix=fix))
         return layout(arrays, self._options, opaque=not isinstance(self.fn, TrainStep))
 
-    def _program(self, state: Any, *batch: Any) -> _Program:
+    def _program(self, state: Any, *batch: Any) -> Program:
         """The program for these arguments, checked and compiled if it is new."""
         arrays, statics = split_statics(state)
-        key = (*_signature(arrays), statics, *_signature(batch))
+        key = (*leaves.signature(arrays), statics, *leaves.signature(batch))
         placed = self._programs[key].layout if key in self._programs else self._layout(arrays)
         _check_placed(arrays, placed, self._options)
         if key not in self._programs:
-            lowered, trace = self._lower(placed, statics, batch)
-            program = _Program(placed, statics, lowered, trace)
+            lowered, trace = programs.lower(self.fn, self._options, placed, statics, batch)
+            program = Program(placed, statics, lowered, trace)
             program.faults = self._check(program)
             self._programs[key] = program
         program = self._programs[key]
         self.known = placed, statics
-        self._recent[_signature(batch)] = program
+        self._recent[leaves.signature(batch)] = program
         return program
-
-    def _lower(self, placed: Layout, statics: Statics, batch: tuple[Any, ...]) -> tuple[jax.stages.Lowered, Trace]:
-        options, traces = self._options, []
-        if options.schedule is not None:
-            assert isinstance(self.fn, TrainStep)
-            _check_no_statics(statics)
-            inner, accumulate = pipelined.build(self.fn, placed, options, traces), self.fn.accumulate
-        elif isinstance(self.fn, TrainStep):
-            inner, accumulate = composed.build(self._train_step(statics), placed, options, traces), self.fn.accumulate
-        else:
-            inner, accumulate = opaque.build(self.unsharded(statics), placed, options, traces), 1
-        in_shardings = (placed.tree, *batch_shardings(batch, options.mesh, accumulate))
-
-        def step(state: Any, *batch: Any) -> tuple[Any, Any]:
-            state, aux = inner(state, *batch)
-            return jax.tree.map(_strong, state), aux
-
-        donate = (0,) if options.donate else ()
-        jitted = jax.jit(
-            step, in_shardings=in_shardings, out_shardings=(placed.tree, None), donate_argnums=donate,
-            keep_unused=True,  # a state leaf that the step ignores is still state: placed, donated and reported
-            compiler_options=compiler.options(options.mesh),
-        )  # fmt: skip
-        abstract = jax.tree.unflatten(placed.treedef, placed.avals)
-        with pallas_kernels.target(options.mesh.devices.flat[0].device_kind), pallas_kernels.recording() as choices:
-            lowered = jitted.lower(abstract, *batch)
-        traces[0].choices = tuple(choices)
-        return lowered, traces[0]
 
     def unsharded(self, statics: Statics) -> Callable[..., Any]:
         """The same step as one device runs it, on a state without its static leaves."""
-        return self._train_step(statics) if isinstance(self.fn, TrainStep) else _on_arrays(self.fn, statics)
-
-    def _train_step(self, statics: Statics) -> TrainStep:
-        """The composed step with what only sharding knows: the remat policy, and static leaves that the loss wants back."""
-        step, policy = self.fn, self._options.remat
-        assert isinstance(step, TrainStep)
-        if statics:
-            _, inside = split_statics(jax.tree.unflatten(statics.treedef, statics.full(0)).params)
-            step = replace(step, trainable=inside.strip(step.trainable)).with_loss(lambda loss: _given(loss, inside))
-        return step if policy is None else step.with_loss(lambda loss: remats.apply(loss, policy))
-
-
-def _check_no_statics(statics: Statics) -> None:
-    if statics:
-        found = [f"{len(statics.leaves)} leaves, the first is {statics.leaves[0][1]!r}"]
-        fix = "Keep functions and flags out of params: close over them in embed, layers and head."
-        raise TypeError(explain(WHO, "every leaf of a pipeline's state is an array", found=found, fix=fix))
-
-
-def _given(loss: Callable[..., Any], statics: Statics) -> Callable[..., Any]:
-    @wraps(loss)
-    def with_statics(params: Any, *args: Any, **kwargs: Any) -> Any:
-        return loss(statics.merge(params), *args, **kwargs)
-
-    return with_statics
-
-
-def _on_arrays(fn: Callable[..., Any], statics: Statics) -> Callable[..., Any]:
-    """`fn` on a state without its static leaves."""
-    if not statics:
-        return fn
-
-    def on_arrays(arrays: Any, *batch: Any) -> Any:
-        out = fn(statics.merge(arrays), *batch)
-        return (split_statics(out[0])[0], *out[1:]) if isinstance(out, tuple) and out else out
-
-    return on_arrays
-
-
-def _signature(tree: Any) -> tuple[Any, ...]:
-    """Structure, shapes and dtypes, as a key."""
-    leaves, treedef = jax.tree.flatten(tree)
-    return (treedef, *[(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else ((), type(leaf)) for leaf in leaves])
-
-
-def _is_strong(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and not getattr(leaf, "weak_type", False)
-
-
-def _strong(leaf: Any) -> Any:
-    """A leaf whose dtype is fixed: a weak one would compile the next call anew."""
-    leaf = jnp.asarray(leaf)  # a Python scalar's array is weak
-    return jax.lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
-
-
-def _copy(leaf: Any, sharding: Any) -> jax.Array:
-    """`may_alias=False` from one device to a replicated sharding keeps the caller's buffer as one piece (jax 0.11.2)."""
-    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) == 1:
-        leaf = jax.device_put(leaf, leaf.sharding, may_alias=False) if sharding.is_fully_replicated else leaf
-    return jax.device_put(leaf, sharding, may_alias=False)
-
-
-def _is_static(arg: Any) -> bool:
-    """Callables and Python scalars; an equinox module can be called too, but has arrays in it."""
-    if arg is None or isinstance(arg, bool | int | float | complex | str):
-        return True
-    leaves = jax.tree.leaves(arg)
-    return callable(arg) and not any(hasattr(leaf, "dtype") for leaf in leaves)
+        return programs.unsharded(self.fn, self._options, statics)
 
 
 def _check_placed(arrays: Any, placed: Layout, options: Options) -> None:

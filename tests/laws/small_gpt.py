@@ -21,20 +21,26 @@ TENSOR_RULES = (  # columns, then rows; vocabulary-parallel embedding and head
 MIN_SHARD_ELEMENTS = 300  # embeddings and matrices shard, norms and biases do not
 
 
-def make_params(*, tied, seed=1):
+def drawing(seed):
+    """A function of a shape: the next random matrix or stack of them."""
     random = np.random.default_rng(seed)
+    return lambda *shape, scale=1.0: jnp.asarray(random.normal(0, scale / np.sqrt(shape[-2]), shape), jnp.float32)
 
-    def draw(*shape, scale=1.0):
-        return jnp.asarray(random.normal(0, scale / np.sqrt(shape[-2]), shape), jnp.float32)
 
-    layers = {
-        "norms": jnp.ones((LAYERS, 2, WIDTH)),
-        "qkv": draw(LAYERS, WIDTH, 3 * WIDTH),
-        "qkv_bias": draw(LAYERS, 1, 3 * WIDTH)[:, 0] / 10,  # a third of it, the key's, has a true gradient of zero
-        "out": draw(LAYERS, WIDTH, WIDTH),
-        "up": draw(LAYERS, WIDTH, 4 * WIDTH),
-        "down": draw(LAYERS, 4 * WIDTH, WIDTH),
+def make_layers(draw, num_layers):
+    return {
+        "norms": jnp.ones((num_layers, 2, WIDTH)),
+        "qkv": draw(num_layers, WIDTH, 3 * WIDTH),
+        "qkv_bias": draw(num_layers, 1, 3 * WIDTH)[:, 0] / 10,  # a third of it, the key's, has a true gradient of zero
+        "out": draw(num_layers, WIDTH, WIDTH),
+        "up": draw(num_layers, WIDTH, 4 * WIDTH),
+        "down": draw(num_layers, 4 * WIDTH, WIDTH),
     }
+
+
+def make_params(*, tied, seed=1):
+    draw = drawing(seed)
+    layers = make_layers(draw, LAYERS)
     params = {
         "embed": draw(VOCAB, WIDTH, scale=np.sqrt(VOCAB)),
         "positions": draw(2 * LENGTH, WIDTH),  # twice as long as used: sliced on a dim

@@ -15,19 +15,8 @@ MIN_SHARD_ELEMENTS = 300
 
 
 def make_params(*, num_layers, tied, listed=False, seed=1):
-    random = np.random.default_rng(seed)
-
-    def draw(*shape, scale=1.0):
-        return jnp.asarray(random.normal(0, scale / np.sqrt(shape[-2]), shape), jnp.float32)
-
-    layers = {
-        "norms": jnp.ones((num_layers, 2, WIDTH)),
-        "qkv": draw(num_layers, WIDTH, 3 * WIDTH),
-        "qkv_bias": draw(num_layers, 1, 3 * WIDTH)[:, 0] / 10,
-        "out": draw(num_layers, WIDTH, WIDTH),
-        "up": draw(num_layers, WIDTH, 4 * WIDTH),
-        "down": draw(num_layers, 4 * WIDTH, WIDTH),
-    }
+    draw = small_gpt.drawing(seed)
+    layers = small_gpt.make_layers(draw, num_layers)
     table = {"table": draw(VOCAB, WIDTH, scale=np.sqrt(VOCAB))}
     if listed:
         layers = [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(num_layers)]
