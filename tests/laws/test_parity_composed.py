@@ -188,9 +188,7 @@ def on_further_axes():
     tensor-parallel program: up to 2.2 times the unsharded error, which the law does not allow.
     """
     entries = pairwise({**CORE, "mesh": tuple(meshes.FURTHER)})
-    too_far = pytest.mark.xfail(
-        reason="float16 sums over tensor pieces: 1.6 to 2.2 times the error", raises=AssertionError
-    )
+    too_far = pytest.mark.xfail(reason="float16 sums over tensor pieces: 1.6 to 2.2 times the error", raises=AssertionError)
     rounds = [entry["precision"] == "fp16" and entry["mesh"][-1] in "48" for entry in entries]
     marks = [[too_far] * wrong + [pytest.mark.slow] * (index % 6 > 0 or wrong) for index, wrong in enumerate(rounds)]
     return [pytest.param(entry, marks=mark, id=label(entry)) for entry, mark in zip(entries, marks, strict=True)]
