@@ -4,6 +4,8 @@
 """
 
 from jzero._errors import StageNotAchieved as StageNotAchieved
+from jzero.attention import attention as attention
+from jzero.attention import split_sequence as split_sequence
 from jzero.checkpoint import CheckpointManager as CheckpointManager
 from jzero.checkpoint import export as export
 from jzero.checkpoint import restore as restore

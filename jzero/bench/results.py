@@ -11,7 +11,7 @@ from jzero.bench.peak import Peak
 from jzero.bench.setup import Setup
 from jzero.bench.training import milliseconds, versions
 from jzero.models import FLOPS_FORMULA
-from jzero.models.layers import choose_attention
+from jzero.attention import choose_attention
 from jzero.precision import get as get_precision
 
 

@@ -17,7 +17,7 @@ from jzero.engine.achieved import Subject
 from jzero.engine.layout import Layout, Options, Trace
 from jzero.mesh import axis_size, batch_axes
 from jzero.report import Report
-from jzero.rules.batch import is_split
+from jzero.rules import batch_spec
 from jzero.step import TrainStep
 from jzero.step import params as parameters
 
@@ -92,10 +92,9 @@ def _resting(layout: Layout, batch: Any, shardings: list[Any], options: Options)
         row = table[placement.leaf.role]
         row["measured"] += audits.shard_bytes(aval, sharding)
         row["formula"] += num_bytes(aval) // _num_shards(placement.spec, options)
-    num_shards = axis_size(options.mesh, batch_axes(options.mesh))
     for leaf in jax.tree.leaves(batch):
         size = num_bytes(jax.ShapeDtypeStruct(jax.numpy.shape(leaf), jax.dtypes.result_type(leaf)))
-        per_device = size // num_shards if is_split(leaf) else size
+        per_device = size // _num_shards(batch_spec(leaf, options.mesh), options)
         table["batch"]["measured"] += per_device
         table["batch"]["formula"] += per_device
     return table

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jzero.models.config import GPT2Config
-from jzero.models.layers import Attention, Embedding, attend, linear
+from jzero.models.layers import Attend, Embedding, linear
 from jzero.models.tensor import COLUMNS, ROWS, split
 
 _STDDEV = 0.02  # openai/gpt-2, model.py: w_init_stdev
@@ -21,9 +21,9 @@ tensor_rules = (
 class GPT2Layer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Kernels are [in, out], as published."""
 
-    def __init__(self, config: GPT2Config, *, attention: Attention | None, rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, *, attend: Attend, rngs: nnx.Rngs):
         dim, residual = config.dim, _STDDEV / math.sqrt(2 * config.num_layers)  # section 2.3 of the paper
-        self.num_heads, self.attention = config.num_heads, attention
+        self.num_heads, self.attend = config.num_heads, attend
         self.ln_1 = nnx.LayerNorm(dim, epsilon=config.norm_eps, rngs=rngs)
         self.qkv = linear(dim, 3 * dim, stddev=_STDDEV, use_bias=True, rngs=rngs)
         self.proj = linear(dim, dim, stddev=residual, use_bias=True, rngs=rngs)
@@ -34,7 +34,7 @@ class GPT2Layer(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         heads = (*x.shape[:2], self.num_heads, -1)
         q, k, v = (part.reshape(heads) for part in jnp.split(self.qkv(self.ln_1(x)), 3, axis=-1))
-        x = x + self.proj(attend(q, k, v, implementation=self.attention).reshape(x.shape))
+        x = x + self.proj(self.attend(q, k, v).reshape(x.shape))
         # Nothing of the GELU is saved but its input: its backward then runs twice as fast on CPU, and memory falls everywhere.
         return x + self.down(jax.checkpoint(nnx.gelu)(self.up(self.ln_2(x))))
 
