@@ -65,7 +65,10 @@ class Manual:
         return pieces.reshape(*shard.shape[:dim], -1, *shard.shape[dim + 1 :])
 
     def reduce(self, whole: jax.Array, split: Split, dtype: Any) -> jax.Array:
-        dim, whole = self._dim(split), whole.astype(self.sum_dtype(dtype))
+        """Over `also` said in two steps, whole and then split, which compilers make a reduce-scatter of. Said in one, the
+        partitioner makes the product that ends in `whole` from gathered activations, and sums nothing.
+        """
+        dim, whole = self._dim(split), self._with_others(whole.astype(self.sum_dtype(dtype)), split)
         if dim is None:
             return self._place(whole, split).astype(dtype)
         behind = without(split[dim : dim + 1], self.axis)
@@ -83,14 +86,16 @@ class Manual:
         mesh = jax.sharding.get_abstract_mesh()
         if all(mesh.shape.get(name, 1) == 1 for name in self.also):
             return value
-        for name in self.also:
+        for name in (self.axis, *self.also):
             split = without(split, name)
         return self._place(value, split)
 
     def _place(self, value: jax.Array, split: Split) -> jax.Array:
         """A constraint; of an axis that does not divide its dim, nothing."""
         mesh = jax.sharding.get_abstract_mesh()
-        entries = [entry if size % _num_parts(entry, mesh) == 0 else None for entry, size in zip(split, value.shape, strict=True)]
+        entries = [
+            entry if size % _num_parts(entry, mesh) == 0 else None for entry, size in zip(split, value.shape, strict=True)
+        ]
         return jax.lax.with_sharding_constraint(value, PartitionSpec(*entries))
 
     def sum_dtype(self, dtype: Any) -> Any:

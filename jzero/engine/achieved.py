@@ -208,8 +208,10 @@ def _kept_by_design(subject: Subject) -> set[int]:
     uses = subject.uses
     if subject.is_composed:
         last = kept_use(uses)
-        return {last.num_whole} if last is not None else set()
-    return {use.num_whole for use, after in itertools.pairwise(uses) if (use.leaf, use.level) == (after.leaf, after.level)}
+        return {last.num_elements, last.num_whole} if last is not None else set()
+    pairs = itertools.pairwise(uses)
+    at_once = [use for use, after in pairs if (use.leaf, use.level) == (after.leaf, after.level)]
+    return {size for use in at_once for size in (use.num_elements, use.num_whole)}
 
 
 def _names_no_axis(eqn: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jzero import remat
 from jzero.attention import split_sequence
@@ -26,10 +27,20 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(stddev * jax.random.normal(rngs.params(), (num_rows, dim)))  # [V, D]
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding[...], ids, axis=0)
+        return _not_by_sequence(jnp.take(self.embedding[...], _not_by_sequence(ids), axis=0))
 
     def logits(self, x: jax.Array) -> jax.Array:
         return matmul_transposed(x, self.embedding[...])
+
+
+def _not_by_sequence(x: jax.Array) -> jax.Array:
+    """Where `tensor` may split the table's rows, rows are looked up for the whole sequence, which is split after that: XLA's
+    partitioner ends the process over a lookup whose table and indices are both split (`ExpandDeviceGroupsWithIota`, jax 0.11.2).
+    """
+    axes = set(jax.sharding.get_abstract_mesh().auto_axes)
+    if not {"sequence", "tensor"} <= axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(PartitionSpec.UNCONSTRAINED, *(None,) * (x.ndim - 1)))
 
 
 def linear(num_in: int, num_out: int, *, stddev: float, use_bias: bool, rngs: nnx.Rngs) -> nnx.Linear:

@@ -105,7 +105,9 @@ def _choose(
         left = _left(leaf.shape, entries, layer_dim)
         return Choice(entries, f"{said}{_why_none(leaf, left, num_shards)}", tuple(left))
     sharded = (*entries[:dim], (AXIS,), *entries[dim + 1 :])
-    return _also(Choice(sharded, f"{said}dim {dim} of size {leaf.shape[dim]} over '{AXIS}' ({num_shards})"), leaf, mesh, layer_dim)
+    return _also(
+        Choice(sharded, f"{said}dim {dim} of size {leaf.shape[dim]} over '{AXIS}' ({num_shards})"), leaf, mesh, layer_dim
+    )
 
 
 def _also(choice: Choice, leaf: Leaf, mesh: Mesh, layer_dim: int | None) -> Choice:
@@ -122,7 +124,9 @@ def _also(choice: Choice, leaf: Leaf, mesh: Mesh, layer_dim: int | None) -> Choi
             choice = choice._replace(why=f"{choice.why}; '{axis}' ({num}) divides none of what is left")
             continue
         entries = (*entries[:dim], (*entries[dim], axis), *entries[dim + 1 :])
-        choice = choice._replace(entries=entries, why=f"{choice.why}, dim {dim} of size {leaf.shape[dim]} over '{axis}' ({num})")
+        choice = choice._replace(
+            entries=entries, why=f"{choice.why}, dim {dim} of size {leaf.shape[dim]} over '{axis}' ({num})"
+        )
     return choice
 
 
