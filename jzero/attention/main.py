@@ -30,7 +30,7 @@ def attention(
     B over the batch axes, heads over `tensor` where that divides H and K. On any other mesh, and on none, it is plain
     attention. With S = size of `axis`, and lengths, heads and bytes those of one device, the wire carries per pass
 
-    - "ulysses": two all-to-alls, of the T_sequence (H + 2 K r) C elements of q, k and v and of the T_sequence H C of the
+    - "ulysses": two all-to-alls, of the T_sequence (H + 2 K r) C elements of q, k and v and of the T_sequence H C of their
       result, (S-1)/S of each. Where S does not divide K, each key-value head is sent r = S / gcd(K, S) times. S divides H.
     - "ring": S - 1 permutes of T_sequence 2 K C elements, one block of attention behind each; the backward pass sends gradients of
       that size in float32 too. A causal ring is balanced, for which chunks of the sequence change places first: two permutes
@@ -173,7 +173,7 @@ def _check_divides(q: jax.Array, k: jax.Array, where: Place, kind: Kind, causal:
         fit = [size for size in range(2, length + 1) if not length % (size * (pieces // num))]
         found = [f"q is {short(q)}: length {length} is no multiple of {pieces}", f"'{where.axis}' has size {num}"]
         fix = (
-            f"Use a length of {' or '.join(str(size) for size in (below, above) if size)} (pad, and give padding a segment of its own), "
+            f"Use a length of {' or '.join(str(size) for size in (below, above) if size)} (give padding a segment of its own), "
             f"or a size of '{where.axis}' among {_some(fit)}."
         )
         raise ValueError(explain(WHO, f"the length is split into {pieces} equal pieces", found=found, context=context, fix=fix))

@@ -160,7 +160,7 @@ class Gradients:
         """`data`, alone or before the other axes that ZeRO shards over; else how the partitioner splits what is left."""
         names = _names(entry)
         if AXIS in names:
-            return names if names[0] == AXIS and 1 < len(names) and set(names[1:]) <= set(ALSO_AXES) else AXIS
+            return names if names[0] == AXIS and len(names) > 1 and set(names[1:]) <= set(ALSO_AXES) else AXIS
         names = tuple(name for name in names if name not in self.manual_axes)
         return names if len(names) > 1 else next(iter(names), None)
 

@@ -34,8 +34,8 @@ class Embedding(nnx.Module):
 
 
 def _not_by_sequence(x: jax.Array) -> jax.Array:
-    """Where `tensor` may split the table's rows, rows are looked up for the whole sequence, which is split after that: XLA's
-    partitioner ends the process over a lookup whose table and indices are both split (`ExpandDeviceGroupsWithIota`, jax 0.11.2).
+    """Where `tensor` may split the table's rows, they are looked up for the whole sequence, which is split after that: XLA's
+    partitioner ends the process over a lookup in which table and indices are split (`ExpandDeviceGroupsWithIota`, jax 0.11.2).
     """
     axes = set(jax.sharding.get_abstract_mesh().auto_axes)
     if not {"sequence", "tensor"} <= axes:

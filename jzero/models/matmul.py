@@ -32,7 +32,7 @@ def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **optio
 
 
 def _weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-    """x^T g, summed over all leading dims -> [D, F]. They are not merged: of a split sequence the partitioner could not follow."""
+    """x^T g, summed over all leading dims -> [D, F]. They are not merged, for the partitioner could not follow a split one."""
     return jax.lax.platform_dependent(x, g, cpu=_product_of_transposed_copy, default=_product)
 
 
