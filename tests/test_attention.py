@@ -96,7 +96,7 @@ def cases():
                     yield pytest.param(name, kind, causal, with_segments, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "kind", "causal", "with_segments"), cases())
+@pytest.mark.parametrize(("name", "kind", "causal", "with_segments"), list(cases()))
 def test_value_and_gradients(name, kind, causal, with_segments):
     check(name, kind, causal, with_segments)
 
@@ -119,6 +119,7 @@ def test_inside_shard_map_operands_are_pieces():
         np.testing.assert_allclose(jax.jit(mapped)(q, k, v), reference(q, k, v, True, None)[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_low_precision_is_as_close_as_plain_attention():
     """bfloat16: the error against float64 is at most 1.5 times plain attention's (DESIGN 6)."""
     (q, k, v, _), _ = operands(QUICK[0])
@@ -149,6 +150,7 @@ def kept_bytes(kind, size):
     return compiled.memory_analysis().output_size_in_bytes
 
 
+@pytest.mark.slow
 def test_the_ring_keeps_no_more_however_long_it_is():
     """Per device 64 positions, whatever the size: what is kept is the same for 2, 4 and 8 devices."""
     kept = {size: kept_bytes("ring", size) for size in (2, 8)}

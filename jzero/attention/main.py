@@ -32,8 +32,8 @@ def attention(
 
     - "ulysses": two all-to-alls, of the T_sequence (H + 2 K r) C elements of q, k and v and of the T_sequence H C of their
       result, (S-1)/S of each. Where S does not divide K, each key-value head is sent r = S / gcd(K, S) times. S divides H.
-    - "ring": S - 1 permutes of T_sequence 2 K C elements, one block of attention behind each; the backward pass sends gradients of
-      that size in float32 too. A causal ring is balanced, for which chunks of the sequence change places first: two permutes
+    - "ring": S - 1 permutes of T_sequence 2 K C elements, each behind a block of attention; the backward pass sends gradients
+      of that size in float32 too. A causal ring is balanced, for which chunks of the sequence change places first: two permutes
       of half a piece of q, k and v, two for the result. 2 S divides T (S if not causal). Softmax in float32.
 
     Memory of the backward pass: "ring" keeps its operands, its result and one float32 per query and head, whatever S;

@@ -1,9 +1,9 @@
 """Attention by a ring: keys and values go round the devices, each of which adds them to what its queries have seen.
 
 Liu, Zaharia, Abbeel: Ring Attention with Blockwise Transformers for Near-Infinite Context, 2023. A causal ring in which
-device i held piece i would leave the first devices idle. So the sequence is cut into 2 S chunks and device i computes with chunks
-i and 2 S - 1 - i ("zigzag"): every visit then needs two blocks of the same size on every device, without a mask. Chunks travel there
-and back in four permutes, which move as much as one exchange of heads.
+device i held piece i would leave the first devices idle. So the sequence is cut into 2 S chunks, and device i computes with
+chunks i and 2 S - 1 - i ("zigzag"): every visit then needs two blocks of the same size on every device, without a mask. Chunks
+travel there and back in four permutes, which move as much as one exchange of heads.
 
 Forward, each device sends its keys and values S - 1 times; backward again, and with them their gradients in float32. What is
 saved for the backward pass is one device's queries, keys, values, results and softmax divisors, however long the ring.
