@@ -26,5 +26,6 @@ from jzero.step import make_train_step as make_train_step
 from jzero.step import pad_batch as pad_batch
 from jzero.step import summed as summed
 from jzero.step import weighted as weighted
+from jzero.tiled import tiled as tiled
 from jzero.topology import topology as topology
 from jzero.verify import verify as verify

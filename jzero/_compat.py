@@ -136,6 +136,11 @@ def mesh_hidden() -> Iterator[None]:
         yield
 
 
+def without_mesh() -> Any:
+    """While something is traced that will run on pieces: types under the mesh outside do not fit inside `shard_map`."""
+    return jax.sharding.use_abstract_mesh(mesh_lib.empty_abstract_mesh)
+
+
 @contextmanager
 def constraints_apart_from(axes: Sequence[str]) -> Iterator[None]:
     """While a program is traced with `axes` manual: what the user's sharding constraints say of them is dropped.
