@@ -30,8 +30,9 @@ class Constrained:
 
         def beside(value: Any) -> Any:
             array, split = (value.parts, value.fact.split) if isinstance(value, Tracked) else (value, None)
-            moves = leaving.is_split and split != leaving.split and array.shape == shape
-            return self.comm.place(array, leaving.split) if moves else array
+            if not leaving.is_split or split == leaving.split or array.shape != shape:
+                return array
+            return self.comm.place(array, leaving.split)
 
         args = [
             beside(value) if var.aval.shape == shape else _array(value) for value, var in zip(values, eqn.invars, strict=True)

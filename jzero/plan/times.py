@@ -9,7 +9,7 @@ from jzero.plan import closed, facts
 from jzero.plan.job import Job
 
 # Of the forward pass (a third of the model's FLOPs) what the backward pass computes again: weights' products, attention.
-# Attention's scores are never saved (`jzero.models.layers.attend`); cuDNN's kernel needs half of its forward pass to have them.
+# Attention's scores are never saved (`jzero.attention`); cuDNN's kernel needs half of its forward pass to have them.
 _RECOMPUTED = {"none": (0.0, 0.0), "dots": (0.0, 1.0), "full": (1.0, 1.0)}
 _SCORES_AGAIN = {"plain": 1.0, "cudnn": 0.5}
 _UPDATE_BYTES = 28  # fp32 AdamW: reads parameter, gradient and two moments, writes three
