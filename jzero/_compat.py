@@ -7,12 +7,13 @@ Met so far: `scan`'s `num_consts`/`num_carry` became `ft_in`; `ClosedJaxpr` beca
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from jax._src import core, pjit, source_info_util
 from jax._src import mesh as mesh_lib
-from jax._src.interpreters import partial_eval
+from jax._src.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
 
 Literal = core.Literal
@@ -81,6 +82,44 @@ def rebind_remat(eqn: Any, fn: Callable[..., list[Any]], args: Sequence[Any]) ->
     return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
 
+def primitive(name: str, fn: Callable[..., Sequence[Any]]) -> Callable[..., list[Any]]:
+    """An operation that programs show as one equation called `name`, and whose meaning is `fn(*arrays, **params)`.
+
+    Passes that read programs can then know it by name. Derivatives, batching and lowering are those of `fn`.
+    """
+    made = core.Primitive(name)
+    made.multiple_results = True
+
+    def shapes(*avals: Any, **params: Any) -> list[Any]:
+        structs = (jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
+        place = lambda out: core.get_cur_mesh_sharding(PartitionSpec(*(None,) * out.ndim))
+        return [
+            core.ShapedArray(out.shape, out.dtype, sharding=place(out)) for out in jax.eval_shape(partial(fn, **params), *structs)
+        ]
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[list[Any], list[Any]]:
+        moving = [index for index, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
+
+        def of_moving(*values: Any) -> Sequence[Any]:
+            full = dict(enumerate(primals)) | dict(zip(moving, values, strict=True))
+            return fn(*full.values(), **params)
+
+        out, moved = jax.jvp(of_moving, [primals[index] for index in moving], [tangents[index] for index in moving])
+        still = lambda value, tangent: ad.Zero(core.typeof(value).to_tangent_aval()) if tangent.dtype == jax.dtypes.float0 else tangent
+        return list(out), [still(*pair) for pair in zip(out, moved, strict=True)]
+
+    def batched(args: Sequence[Any], dims: Sequence[Any], **params: Any) -> tuple[list[Any], list[int]]:
+        out = jax.vmap(partial(fn, **params), in_axes=tuple(dims))(*args)
+        return list(out), [0] * len(out)
+
+    made.def_abstract_eval(shapes)
+    made.def_impl(lambda *args, **params: jax.jit(partial(fn, **params))(*args))
+    ad.primitive_jvps[made] = jvp
+    batching.primitive_batchers[made] = batched
+    mlir.register_lowering(made, mlir.lower_fun(fn, multiple_results=True))
+    return made.bind
+
+
 def ordered_effects(jaxpr: Any) -> list[str]:
     """The ordered effects of a program, which JAX cannot run on several devices."""
     from jax._src import effects
@@ -126,6 +165,13 @@ def constraints_apart_from(axes: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         pjit._create_sharding_for_array = real
+
+
+@contextmanager
+def known_mesh(mesh: Any) -> Iterator[None]:
+    """While a program is traced under Auto axes: operations that open a `shard_map` of their own may find the mesh here."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
 
 
 def _apart_from(axes: Sequence[str], entry: Any) -> Any:

@@ -3,6 +3,7 @@
 Elements are counted in whole leaves; the ring algorithm carries (N-1)/N of them, twice that for an all-reduce.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -49,8 +50,9 @@ class Param(NamedTuple):
     """One parameter leaf as the formula sees it; of a leaf that other axes split too, the piece that one device holds."""
 
     num_elements: int
-    is_split: bool
+    split: tuple[str, ...]  # the axes that ZeRO gathers and reduces it over; empty if it is whole
     trains: bool
+    rest: tuple[str, ...] = ("replica", "data")  # the other batch axes whose devices hold all of it
 
 
 def composed(
@@ -61,28 +63,27 @@ def composed(
     Args:
       params: leaves in order. Whole ones (tiny, indivisible, stage 0) are all-reduced once a step.
       uses: of the split leaves in the loss of one microbatch.
-      axes: sizes of `replica` and `data`.
+      axes: sizes of the mesh axes that examples are split over, in the mesh's order.
       num_scalars: float32 values in the closing all-reduce.
     """
     table: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
-    both = "+".join(name for name in ("replica", "data") if name in axes)
-    everyone = axes["data"] * axes.get("replica", 1)
+    size_of = lambda names: math.prod(axes.get(name, 1) for name in names)
 
-    def add(axis: str, kind: str, elements: int, dtype: Any, members: int) -> None:
+    def add(names: Iterable[str], kind: str, elements: int, dtype: Any) -> None:
+        members = size_of(names)
         if members > 1 and elements:
+            axis = "+".join(name for name in axes if name in names and axes[name] > 1)
             table[axis][kind] += moved(kind, elements * jnp.dtype(dtype).itemsize, members)
 
     gathered, reduced = _by_leaf(stage, params, list(uses), wire.num_micro)
+    once = wire.reduce_once if stage.reduce == "step" else wire.reduce
     for index, param in enumerate(params):
-        if not param.is_split:
-            add(both, "all-reduce", param.num_elements * param.trains, wire.reduce_once, everyone)
-            continue
-        once = wire.reduce_once if stage.reduce == "step" else wire.reduce
-        add("data", "all-gather", gathered[index], wire.compute, axes["data"])
-        add("data", "reduce-scatter", reduced[index] * param.trains, once, axes["data"])
-        shard = param.num_elements // axes["data"] * param.trains
-        add("replica", "all-reduce", shard, wire.reduce_once, axes.get("replica", 1))
-    add(both, "all-reduce", num_scalars, jnp.float32, everyone)
+        if param.split:
+            add(param.split, "all-gather", gathered[index], wire.compute)
+            add(param.split, "reduce-scatter", reduced[index] * param.trains, once)
+        held = param.num_elements // size_of(param.split) * param.trains
+        add(param.rest, "all-reduce", held, wire.reduce_once)
+    add(tuple(axes), "all-reduce", num_scalars, jnp.float32)
     return {axis: dict(kinds) for axis, kinds in table.items()}
 
 
@@ -109,23 +110,39 @@ def num_gathers(use: Use) -> int:
     return 1 if use.eqn.primitive.name in NOT_READ_BACKWARD and not use.in_remat else 2
 
 
-def opaque(stage: Stage, params: Sequence[tuple[int, Any, bool]], uses: Iterable[Use], num_shards: int) -> Table:
-    """Expected wire bytes over `data` of a step that jzero did not write: each gradient reduced once, in the parameter's dtype.
+class Held(NamedTuple):
+    """One parameter leaf of a step that jzero did not write."""
+
+    num_elements: int
+    dtype: Any
+    is_split: bool  # it, or at stages 1 and 2 its optimizer state
+    over: tuple[str, ...] = ("data",)  # the axes that it is or would be split over
+
+
+def opaque(stage: Stage, params: dict[int, Held], uses: Iterable[Use], axes: dict[str, int]) -> Table:
+    """Expected wire bytes of a step that jzero did not write: each gradient reduced once, in the parameter's dtype.
 
     Args:
-      params: per leaf its elements, dtype, and whether it (or at stages 1 and 2 its optimizer state) is split.
+      params: parameters by their leaf's index in the state.
       uses: in the whole step, where forward and backward uses stand apart; those of one loop body share a gather.
+      axes: sizes of the axes that ZeRO shards over.
     """
-    kinds: defaultdict[str, int] = defaultdict(int)
-    for size, dtype, is_split in params:
-        kind = "reduce-scatter" if is_split else "all-reduce"
-        kinds[kind] += moved(kind, size * jnp.dtype(dtype).itemsize, num_shards)
-        if is_split and stage.gather == "step":
-            kinds["all-gather"] += moved("all-gather", size * jnp.dtype(dtype).itemsize, num_shards)
+    table: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
+
+    def add(held: Held, kind: str, amount: int) -> None:
+        over = [name for name in held.over if axes[name] > 1]
+        if over:
+            table["+".join(over)][kind] += moved(kind, amount, math.prod(axes[name] for name in over))
+
+    for held in params.values():
+        amount = held.num_elements * jnp.dtype(held.dtype).itemsize
+        add(held, "reduce-scatter" if held.is_split else "all-reduce", amount)
+        if held.is_split and stage.gather == "step":
+            add(held, "all-gather", amount)
     for use in _apart(uses) if stage.gather == "use" else ():
         size = use.num_elements * use.trips * use.eqn.invars[use.operand].aval.dtype.itemsize
-        kinds["all-gather"] += moved("all-gather", size, num_shards)
-    return {"data": dict(kinds)} if num_shards > 1 else {}
+        add(params[use.leaf], "all-gather", size)
+    return {axis: dict(kinds) for axis, kinds in table.items()}
 
 
 def _apart(uses: Iterable[Use]) -> list[Use]:

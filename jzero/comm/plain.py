@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jzero._specs import entry_of, names, without_zero, zero_axes
+
 Split = tuple[Any, ...]
 
 
@@ -31,7 +33,7 @@ class Comm(Protocol):
 
 @dataclass(frozen=True)
 class Manual:
-    """Inside `shard_map` over `axis`: every value is one device's piece, every collective is written out.
+    """Inside `shard_map` over ZeRO's axes: every value is one device's piece, every collective is written out.
 
     A split may also name axes that are Auto there (`tensor`): each of their devices then sends its own piece. Left to the
     partitioner, a value split over `tensor` is first gathered whole for a collective over `data`, and split again after it.
@@ -40,7 +42,6 @@ class Manual:
     beside the manual ones (jax 0.11.2).
     """
 
-    axis: str = "data"
     widens: bool = False
 
     @property
@@ -48,11 +49,13 @@ class Manual:
         return True
 
     def gather(self, shard: jax.Array, split: Split) -> jax.Array:
-        gather = partial(jax.lax.all_gather, axis_name=self.axis, axis=self._dim(split), tiled=True)
+        dim, axes = _zero(split)
+        gather = partial(jax.lax.all_gather, axis_name=axes, axis=dim, tiled=True)
         return self._piece_by_piece(gather, shard, split)
 
     def reduce(self, whole: jax.Array, split: Split, dtype: Any) -> jax.Array:
-        scatter = partial(jax.lax.psum_scatter, axis_name=self.axis, scatter_dimension=self._dim(split), tiled=True)
+        dim, axes = _zero(split)
+        scatter = partial(jax.lax.psum_scatter, axis_name=axes, scatter_dimension=dim, tiled=True)
         return self._piece_by_piece(scatter, whole.astype(self.sum_dtype(dtype)), split).astype(dtype)
 
     def sum_dtype(self, dtype: Any) -> Any:
@@ -61,17 +64,19 @@ class Manual:
 
     def _piece_by_piece(self, collective: Callable[[jax.Array], jax.Array], value: jax.Array, split: Split) -> jax.Array:
         mesh = jax.sharding.get_abstract_mesh()
-        entries = [None if entry == self.axis else entry for entry in split]
+        entries = [None if zero_axes(entry) else entry for entry in split]
         dims = zip(entries, value.shape, strict=True)
         spec = [entry if size % _num_parts(entry, mesh) == 0 else None for entry, size in dims]
-        axes = frozenset(name for entry in spec for name in _names(entry))
+        axes = frozenset(name for entry in spec for name in names(entry))
         if not axes:
             return collective(value)
         place = PartitionSpec(*spec)
         return jax.shard_map(collective, in_specs=place, out_specs=place, axis_names=axes, check_vma=False)(value)
 
-    def _dim(self, split: Split) -> int:
-        return next(dim for dim, entry in enumerate(split) if entry == self.axis)
+
+def _zero(split: Split) -> tuple[int, tuple[str, ...]]:
+    """The dim that ZeRO splits, and over which axes."""
+    return next((dim, found) for dim, entry in enumerate(split) if (found := zero_axes(entry)))
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,6 @@ class Auto:
     """Under Auto axes: values are global, a constraint says where they live, and the partitioner finds the collective."""
 
     mesh: Mesh
-    axis: str = "data"
 
     @property
     def is_local(self) -> bool:
@@ -87,7 +91,7 @@ class Auto:
 
     def gather(self, shard: jax.Array, split: Split) -> jax.Array:
         """Said twice, before and after: else the partitioner may gather earlier, before a barrier that keeps two uses apart."""
-        return self.place(self.place(shard, split), without(split, self.axis))
+        return self.place(self.place(shard, split), without(split))
 
     def reduce(self, whole: jax.Array, split: Split, dtype: Any) -> jax.Array:
         return self.place(whole.astype(dtype), split)
@@ -96,19 +100,10 @@ class Auto:
         return jax.lax.with_sharding_constraint(value, NamedSharding(self.mesh, PartitionSpec(*split)))
 
 
-def without(split: Split, axis: str) -> Split:
-    """The split with `axis` gathered and every other axis kept."""
-
-    def keep(entry: Any) -> Any:
-        names = tuple(name for name in _names(entry) if name != axis)
-        return names[0] if len(names) == 1 else names or None
-
-    return tuple(map(keep, split))
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+def without(split: Split) -> Split:
+    """The split with ZeRO's axes gathered and every other axis kept."""
+    return tuple(entry_of(without_zero(entry)) for entry in split)
 
 
 def _num_parts(entry: Any, mesh: Any) -> int:
-    return math.prod(mesh.shape[name] for name in _names(entry))
+    return math.prod(mesh.shape[name] for name in names(entry))

@@ -174,7 +174,7 @@ def _stacks(subject: Subject) -> dict[int, str]:
 def _stacks_of_a_pipeline(layout: Layout, pipeline: dict[str, Any]) -> dict[int, str]:
     rows = max(pipeline["layers_per_stage"]) * pipeline["chunks"]
     params = [(i, p.leaf.path) for i, p in enumerate(layout.placements) if p.leaf.role == "params"]
-    sizes = {path: layout.num_elements(index, apart=("data", "pipe")) for index, path in params}
+    sizes = {path: layout.num_elements(index, apart=("pipe",)) for index, path in params}
     shapes = {path: layout.avals[index].shape for index, path in params}
     layers = {path: size // shapes[path][0] for path, size in sizes.items() if path.startswith("params/layers/")}
     used = {*layers.values(), *(size for path, size in sizes.items() if path not in layers)}

@@ -7,6 +7,7 @@ import jax
 
 from jzero._errors import explain
 from jzero.comm import Auto
+from jzero.engine import experts
 from jzero.engine.layout import Layout, Options, Trace, check_effects, check_same_state
 from jzero.gather import Fact, constrained
 from jzero.gather.facts import Reading
@@ -30,6 +31,10 @@ def build(fn: Callable[..., Any], layout: Layout, options: Options, traces: list
     facts = facts_of(layout)
 
     def sharded(state: Any, *batch: Any) -> tuple[Any, Any]:
+        with experts.known(options.mesh):
+            return run(state, *batch)
+
+    def run(state: Any, *batch: Any) -> tuple[Any, Any]:
         jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(state, *batch)
         _check_result(state, shapes)
         check_effects(jaxpr, options)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jzero import _compat
 from jzero._errors import explain
 from jzero.engine import pipeline_costs
-from jzero.engine.composed import AXIS, Gradients
+from jzero.engine.composed import Gradients
 from jzero.engine.layout import Layout, Options, Trace, check_effects, check_same_state
 from jzero.engine.over_data import OverData
 from jzero.engine.scalars import add_up
@@ -241,7 +241,7 @@ class PipelineGradients(Gradients):
         trained = [index for index, trains in enumerate(self.mask) if trains]
         done = [self._added_leaf(grad, index, splits[index], rows) for grad, index in zip(grads, trained, strict=True)]
         everywhere = (*self.batch_axes, PIPE)
-        copies = jnp.array([self._num_copies(index, splits[index]) for index in trained], jnp.float32)
+        copies = jnp.array([self._num_copies(index) for index in trained], jnp.float32)
         parts = (sums.loss, sums.weight, sums.averaged, sums.summed, squares(done) / copies if done else None)
         self._note_costs(sum(leaf.size for leaf in jax.tree.leaves(parts)))
         loss, weight, averaged, summed, leaf_squares = add_up(parts, everywhere)
@@ -254,7 +254,7 @@ class PipelineGradients(Gradients):
         """For the report: what the pipeline costs, and what it should move."""
         splits = self._splits(self._by_hand())
         names = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(self._params(self.leaves))]
-        sizes = [self.layout.num_elements(index, apart=(AXIS, PIPE)) for index in range(len(self.leaves))]
+        sizes = [self.layout.num_elements(index, apart=(PIPE,)) for index in range(len(self.leaves))]
         dims = [self._pipe_dim(index) for index in range(len(names))]
         rows = zip(sizes, names, map(bool, splits), self.mask, dims, strict=True)
         axes = {name: self.mesh.shape[name] for name in self.mesh.axis_names if name in (*self.batch_axes, PIPE)}
@@ -275,13 +275,12 @@ class PipelineGradients(Gradients):
             grad = self.stages.give_back(grad, rows, self._pipe_dim(index))
         else:
             grad = jax.lax.psum(grad, PIPE)
-        return self._across(grad, bool(split))
+        return self._across(grad, self._missing(self._rest(index)))
 
-    def _num_copies(self, index: int, split: Any) -> int:
+    def _num_copies(self, index: int) -> int:
         """How many devices hold the same elements of a gradient."""
-        num_data, num_replicas = axis_size(self.mesh, AXIS), self.num_shards // axis_size(self.mesh, AXIS)
         over_pipe = 1 if self._pipe_dim(index) is not None else self.num_pipe_stages
-        return num_replicas * (1 if split else num_data) * over_pipe
+        return axis_size(self.mesh, self._missing(self._rest(index))) * over_pipe
 
 
 def _any(*specs: Any) -> tuple[Any, ...]:

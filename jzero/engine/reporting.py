@@ -10,8 +10,10 @@ from jax.sharding import PartitionSpec
 import pallas_kernels
 from jzero import audit as audits
 from jzero import hlo, traffic
+from jzero._specs import axes as axes_of
+from jzero._specs import zero_split, without_zero
 from jzero._tree import num_bytes, short
-from jzero._types import ROLES
+from jzero._types import ROLES, ZERO_AXES
 from jzero.engine import memory, serving
 from jzero.engine.achieved import Subject
 from jzero.engine.layout import Layout, Options, Trace
@@ -117,30 +119,38 @@ def _formula(fn: Any, layout: Layout, options: Options, trace: Trace, uses: list
 def _composed(fn: TrainStep, layout: Layout, options: Options, trace: Trace, uses: list[Any]) -> traffic.Table:
     params = jax.tree.unflatten(layout.treedef, layout.avals).params
     mask = parameters.trainable_mask(params, fn.trainable)
-    rows = [
-        traffic.Param(layout.num_elements(index), _has_data(layout.split(index)) and options.stage.number > 0, trains)
-        for index, trains in enumerate(mask)
-    ]
+    rows = [_param(layout, options, index, trains) for index, trains in enumerate(mask)]
     micro = fn.accumulate
     wire = traffic.Wire(fn.policy.compute, fn.policy.reduce, fn.policy.reduce_once, micro)
-    axes = {name: size for name, size in options.mesh.shape.items() if name in ("replica", "data")}
+    axes = {name: options.mesh.shape[name] for name in batch_axes(options.mesh)}
     return traffic.composed(options.stage, rows, uses, wire, axes, trace.num_scalars)
+
+
+def _param(layout: Layout, options: Options, index: int, trains: bool) -> traffic.Param:
+    entries = layout.split(index)
+    rest = tuple(axis for axis in batch_axes(options.mesh) if axis not in axes_of(entries))
+    return traffic.Param(layout.num_elements(index), zero_split(entries), trains, rest)
 
 
 def _opaque(layout: Layout, options: Options, uses: list[Any]) -> traffic.Table:
     split_owners = {
         p.leaf.owner for i, p in enumerate(layout.placements) if p.leaf.owner is not None and _has_data(layout.split(i))
     }
-    rows = [
-        (layout.num_elements(index), aval.dtype, index in split_owners)
+    zero = {name: axis_size(options.mesh, name) for name in ZERO_AXES}
+    taken = lambda index: {name for entry in layout.split(index) for name in without_zero(entry)}
+    rows = {
+        index: traffic.Held(
+            layout.num_elements(index), aval.dtype, index in split_owners,
+            zero_split(layout.split(index)) or tuple(name for name in zero if name not in taken(index)),
+        )
         for index, (aval, placement) in enumerate(zip(layout.avals, layout.placements, strict=True))
         if placement.leaf.role == "params"
-    ]
-    return traffic.opaque(options.stage, rows, uses, axis_size(options.mesh, "data"))
+    }  # fmt: skip
+    return traffic.opaque(options.stage, rows, uses, zero)
 
 
 def _has_data(split: tuple[Any, ...]) -> bool:
-    return any("data" in (entry if isinstance(entry, tuple) else (entry,)) for entry in split)
+    return bool(zero_split(split))
 
 
 def _side_by_side(measured: traffic.Table, formula: traffic.Table) -> dict[str, dict[str, dict[str, int]]]:
@@ -169,7 +179,7 @@ def _leaves(layout: Layout) -> list[dict[str, Any]]:
 def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.Audit) -> list[str]:
     """What a reader should know: leaves that stayed whole, examples that meet, collectives that nobody asked for."""
     found = [*trace.findings, *_idle_axes(layout, options)]
-    if options.stage.number > 0 and axis_size(options.mesh, "data") > 1:
+    if options.stage.number > 0 and axis_size(options.mesh, ZERO_AXES) > 1:
         whole = [
             f"{p.leaf.path} {short(aval)} stays whole: {p.why}"
             for p, aval, index in zip(layout.placements, layout.avals, range(len(layout.avals)), strict=True)

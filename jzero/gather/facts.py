@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from jzero import _compat
+from jzero._specs import names, without_zero
 from jzero.gather.views import dims_of
 
 Split = tuple[Any, ...]  # one entry per dim, as in a PartitionSpec: None, an axis name, or a tuple of them
@@ -50,7 +51,7 @@ class Use(NamedTuple):
     trips: int  # how often a step of the surrounding program runs it
     level: tuple[int, ...]  # the loops around it, by identity
     in_remat: bool
-    num_elements: int  # of the whole operand; where axes other than `data` split it too, of the piece that one device gathers
+    num_elements: int  # of the whole operand; where axes other than ZeRO's split it too, of the piece that one device gathers
 
 
 ELEMENTWISE = frozenset(
@@ -138,12 +139,12 @@ class Reading:
     _alive: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     def num_shards(self, entry: Any) -> int:
-        names = [name for name in _names(entry) if self.local_axes is None or name in self.local_axes]
-        return math.prod(self.axis_sizes[name] for name in names)
+        counted = [name for name in names(entry) if self.local_axes is None or name in self.local_axes]
+        return math.prod(self.axis_sizes[name] for name in counted)
 
     def num_pieces(self, split: Split) -> int:
-        """In how many pieces axes other than `data` split a value: `data` gathers and reduces each by itself."""
-        return math.prod(self.axis_sizes[name] for entry in split for name in _names(entry) if name != "data")
+        """In how many pieces axes other than ZeRO's split a value: each is gathered and reduced by itself."""
+        return math.prod(self.axis_sizes[name] for entry in split for name in without_zero(entry))
 
     def outcome(self, jaxpr: Any, facts: Facts) -> tuple[Fact | None, ...]:
         """Facts of a jaxpr's outputs, from those of its inputs."""
@@ -256,10 +257,6 @@ def per_iteration(fact: Fact | None) -> Fact | None:
 
 def _stacked(fact: Fact | None) -> Fact | None:
     return fact and fact._replace(split=(None, *fact.split))
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _look(known: dict[Any, Fact], var: Any) -> Fact | None:

@@ -86,8 +86,8 @@ def _rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) 
     return blend * base + (1 - blend) * base / scaling.factor
 
 
-def run_layers(layer: Callable[[jax.Array, Any], jax.Array], x: jax.Array, layers: Any) -> jax.Array:
-    """`x` through every layer: a scan over stacked parameters, or a loop over a list of them."""
+def run_layers(layer: Callable[[Any, Any], Any], x: Any, layers: Any) -> Any:
+    """`x`, an array or several, through every layer: a scan over stacked parameters, or a loop over a list of them."""
     if isinstance(layers, list | tuple):
         body = remat.wrap_layer(layer, scanned=False)
         for params in layers:

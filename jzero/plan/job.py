@@ -9,12 +9,12 @@ from jzero import precision as precisions
 from jzero import remat as remats
 from jzero import stages
 from jzero._errors import explain, suggest
-from jzero._types import BATCH_AXES
 from jzero.models import ModelConfig, preset
 from jzero.plan import facts
 from jzero.topology import Target, parse
 
 WHO = "jzero.plan"
+AXES = ("replica", "data")  # that planned models are split over
 _VOCAB_MULTIPLE = 128  # as the bench pads: 50304 divides where 50257 does not
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 
@@ -124,9 +124,9 @@ def _check_counts(**counts: int | None) -> None:
 
 
 def _mesh(asked: dict[str, int], num_devices: int, target: str) -> dict[str, int]:
-    unknown = [axis for axis in asked if axis not in BATCH_AXES]
+    unknown = [axis for axis in asked if axis not in AXES]
     if unknown:
-        found = [f"{axis}={asked[axis]}: {suggest(axis, BATCH_AXES)}" for axis in unknown]
+        found = [f"{axis}={asked[axis]}: {suggest(axis, AXES)}" for axis in unknown]
         fix = "Use data (sharded over) and replica (repeated over)."
         raise ValueError(explain(WHO, "the planned models split over replica and data only", found=found, fix=fix))
     replica = asked.get("replica", num_devices // asked["data"] if "data" in asked else 1)
