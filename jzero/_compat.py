@@ -35,6 +35,12 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
 
 
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """Every program inside an equation, whatever the equation is."""
+    found = [item for value in eqn.params.values() for item in (value if isinstance(value, tuple | list) else (value,))]
+    return [item for item in found if hasattr(item, "eqns") or hasattr(item, "jaxpr")]
+
+
 def scan_parts(eqn: Any) -> ScanParts:
     params = eqn.params
     if "ft_in" in params:

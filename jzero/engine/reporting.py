@@ -14,8 +14,8 @@ from jzero._specs import axes as axes_of
 from jzero._specs import zero_split, without_zero
 from jzero._tree import num_bytes, short
 from jzero._types import ROLES, ZERO_AXES
-from jzero.engine import memory, serving
-from jzero.engine.achieved import Subject
+from jzero.engine import experts, memory, serving
+from jzero.engine.achieved import ASKED_FOR, Subject
 from jzero.engine.layout import Layout, Options, Trace
 from jzero.mesh import axis_size, batch_axes
 from jzero.report import Report
@@ -123,7 +123,8 @@ def _composed(fn: TrainStep, layout: Layout, options: Options, trace: Trace, use
     micro = fn.accumulate
     wire = traffic.Wire(fn.policy.compute, fn.policy.reduce, fn.policy.reduce_once, micro)
     axes = {name: options.mesh.shape[name] for name in batch_axes(options.mesh)}
-    return traffic.composed(options.stage, rows, uses, wire, axes, trace.num_scalars)
+    table = traffic.composed(options.stage, rows, uses, wire, axes, trace.num_scalars)
+    return {**table, **experts.wire(experts.exchanges(trace.jaxpr, options.mesh), options.mesh, micro)}
 
 
 def _param(layout: Layout, options: Options, index: int, trains: bool) -> traffic.Param:
@@ -179,6 +180,8 @@ def _leaves(layout: Layout) -> list[dict[str, Any]]:
 def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.Audit) -> list[str]:
     """What a reader should know: leaves that stayed whole, examples that meet, collectives that nobody asked for."""
     found = [*trace.findings, *_idle_axes(layout, options)]
+    if trace.jaxpr is not None:
+        found += experts.findings(experts.exchanges(trace.jaxpr, options.mesh))
     if options.stage.number > 0 and axis_size(options.mesh, ZERO_AXES) > 1:
         whole = [
             f"{p.leaf.path} {short(aval)} stays whole: {p.why}"
@@ -198,7 +201,7 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
         f"waits for the host: {one.what} of {one.bytes:,} bytes from {one.source or one.op_name or 'the compiler'}"
         for one in hlo.host_transfers(measured.module)[:10]
     ]
-    strays = [one for one in audits.shuffles(measured) if not (trace.pipeline and "ppermute" in one.op_name)]
+    strays = [one for one in audits.shuffles(measured) if not any(name in one.op_name for name in ASKED_FOR)]
     found += [f"nobody asked for: {audits.describe(one, options.mesh)}" for one in strays[:10]]
     found += [
         f"in a loop of unknown length, counted once: {audits.describe(one, options.mesh)}"
