@@ -25,8 +25,9 @@ def route(x: jax.Array, kernel: jax.Array, *, top_k: int, gates: Literal["chosen
     """Each token's `top_k` experts by logits x @ kernel, in float32 whatever the dtype of `x`.
 
     balance = E sum_e f_e P_e, with f_e the share of choices that fell on expert e and P_e the mean of its probability, both
-    over the whole batch (`jzero.over_batch_mean`: one all-reduce of 2 E floats forward and backward where shards compute on
-    their own); under `accumulate` over the microbatch. z = mean of logsumexp(logits)^2.
+    over the whole batch; z = mean of logsumexp(logits)^2. Both are the same in every shard (`jzero.over_batch_mean`: one
+    all-reduce of 2 E + 1 floats forward and backward where shards compute on their own), so they may be added to a mean and,
+    times its weight, to the sum of a `jzero.weighted`. Under `accumulate` they are each microbatch's.
 
     Args:
       x: tokens[B, T, D]; examples on dim 0.
@@ -48,9 +49,9 @@ def route(x: jax.Array, kernel: jax.Array, *, top_k: int, gates: Literal["chosen
     top, ids = jax.lax.top_k(logits, top_k)
     weights = jax.nn.softmax(top, axis=-1) if gates == "chosen" else jnp.take_along_axis(probabilities, ids, axis=-1)
     chosen = jax.nn.one_hot(ids, num_experts, dtype=jnp.float32).sum(axis=2) / top_k
-    share, mean = over_batch_mean((jnp.mean(chosen, axis=(0, 1)), jnp.mean(probabilities, axis=(0, 1))))
-    balance = num_experts * jnp.sum(share * mean)
     z = jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2)
+    share, mean, z = over_batch_mean((jnp.mean(chosen, axis=(0, 1)), jnp.mean(probabilities, axis=(0, 1)), z))
+    balance = num_experts * jnp.sum(share * mean)
     return Routing(ids, weights, balance, z, num_experts)
 
 

@@ -15,8 +15,15 @@ FURTHER = {
     "data 1 tensor 8": {"data": 1, "tensor": 8},
     "replica 2 data 2 tensor 2": {"replica": 2, "data": 2, "tensor": 2},
 }
+# with experts spread over an axis, over which examples are split too
+EXPERT = {
+    "expert 4 data 2": {"expert": 4, "data": 2},
+    "expert 2 data 2 tensor 2": {"expert": 2, "data": 2, "tensor": 2},
+    "replica 2 expert 2 data 2": {"replica": 2, "expert": 2, "data": 2},
+    "expert 8": {"expert": 8, "data": 1},
+}
 
 
 def make(name):
-    sizes = {**MESHES, **FURTHER}[name]
+    sizes = {**MESHES, **FURTHER, **EXPERT}[name]
     return jzero.make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])

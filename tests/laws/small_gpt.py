@@ -82,6 +82,11 @@ def weighted_loss(params, tokens, mask):
     return jzero.weighted(jnp.sum(mask * token_losses(params, tokens)), jnp.sum(mask))
 
 
+def rules(mesh):
+    """For a mesh by name."""
+    return TENSOR_RULES if "tensor" in mesh else ()
+
+
 LOSSES = {"mean": mean_loss, "weighted": weighted_loss}
 
 
