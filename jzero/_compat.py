@@ -7,7 +7,8 @@ Met so far: `scan`'s `num_consts`/`num_carry` became `ft_in`; `ClosedJaxpr` beca
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextvars import ContextVar
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jax._src.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
 
 Literal = core.Literal
+_OUTER_MESH: ContextVar[Any] = ContextVar("outer_mesh", default=None)  # the mesh in force around `known_mesh`
 
 
 class ScanParts(NamedTuple):
@@ -100,7 +102,8 @@ def primitive(name: str, fn: Callable[..., Sequence[Any]]) -> Callable[..., list
         structs = (jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
         place = lambda out: core.get_cur_mesh_sharding(PartitionSpec(*(None,) * out.ndim))
         return [
-            core.ShapedArray(out.shape, out.dtype, sharding=place(out)) for out in jax.eval_shape(partial(fn, **params), *structs)
+            core.ShapedArray(out.shape, out.dtype, sharding=place(out))
+            for out in jax.eval_shape(partial(fn, **params), *structs)
         ]
 
     def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[list[Any], list[Any]]:
@@ -111,7 +114,9 @@ def primitive(name: str, fn: Callable[..., Sequence[Any]]) -> Callable[..., list
             return fn(*full.values(), **params)
 
         out, moved = jax.jvp(of_moving, [primals[index] for index in moving], [tangents[index] for index in moving])
-        still = lambda value, tangent: ad.Zero(core.typeof(value).to_tangent_aval()) if tangent.dtype == jax.dtypes.float0 else tangent
+        still = lambda value, tangent: (
+            ad.Zero(core.typeof(value).to_tangent_aval()) if tangent.dtype == jax.dtypes.float0 else tangent
+        )
         return list(out), [still(*pair) for pair in zip(out, moved, strict=True)]
 
     def batched(args: Sequence[Any], dims: Sequence[Any], **params: Any) -> tuple[list[Any], list[int]]:
@@ -119,7 +124,8 @@ def primitive(name: str, fn: Callable[..., Sequence[Any]]) -> Callable[..., list
         return list(out), [0] * len(out)
 
     made.def_abstract_eval(shapes)
-    made.def_impl(lambda *args, **params: jax.jit(partial(fn, **params))(*args))
+    jitted = cache(lambda params: jax.jit(partial(fn, **dict(params))))
+    made.def_impl(lambda *args, **params: jitted(tuple(params.items()))(*args))
     ad.primitive_jvps[made] = jvp
     batching.primitive_batchers[made] = batched
     mlir.register_lowering(made, mlir.lower_fun(fn, multiple_results=True))
@@ -176,7 +182,22 @@ def constraints_apart_from(axes: Sequence[str]) -> Iterator[None]:
 @contextmanager
 def known_mesh(mesh: Any) -> Iterator[None]:
     """While a program is traced under Auto axes: operations that open a `shard_map` of their own may find the mesh here."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    token = _OUTER_MESH.set(mesh_lib.get_abstract_mesh())
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            yield
+    finally:
+        _OUTER_MESH.reset(token)
+
+
+@contextmanager
+def outer_mesh() -> Iterator[None]:
+    """Inside `known_mesh`: as if it were not there."""
+    outer = _OUTER_MESH.get()
+    if outer is None:
+        yield
+        return
+    with jax.sharding.use_abstract_mesh(outer):
         yield
 
 

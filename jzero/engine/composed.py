@@ -34,6 +34,7 @@ from jzero.step.normalise import Examples, Normaliser, normaliser
 from jzero.step.train_step import microbatch_shapes
 from jzero.step.update import squares
 
+
 @dataclass(frozen=True)
 class Holding:
     """How one program holds its parameters between the start of a step and their uses."""

@@ -11,7 +11,7 @@ import pallas_kernels
 from jzero import audit as audits
 from jzero import hlo, traffic
 from jzero._specs import axes as axes_of
-from jzero._specs import zero_split, without_zero
+from jzero._specs import without_zero, zero_split
 from jzero._tree import num_bytes, short
 from jzero._types import ROLES, ZERO_AXES
 from jzero.engine import experts, memory, serving

@@ -88,13 +88,28 @@ PRESETS: dict[str, ModelConfig] = {
     "llama-8b": LlamaConfig(num_layers=32, num_heads=32, num_kv_heads=8, dim=4096, ffn_dim=14336),
     "llama-70b": LlamaConfig(num_layers=80, num_heads=64, num_kv_heads=8, dim=8192, ffn_dim=28672),
     "mixtral-tiny": MixtralConfig(
-        num_layers=4, num_heads=6, num_kv_heads=2, dim=192, ffn_dim=288, vocab_size=256, max_seq=256, rope_scaling=None,
+        num_layers=4,
+        num_heads=6,
+        num_kv_heads=2,
+        dim=192,
+        ffn_dim=288,
+        vocab_size=256,
+        max_seq=256,
+        rope_scaling=None,
         num_experts=8,
-    ),  # fmt: skip
+    ),
     "mixtral-8x7b": MixtralConfig(
-        num_layers=32, num_heads=32, num_kv_heads=8, dim=4096, ffn_dim=14336, vocab_size=32000, max_seq=32768,
-        rope_theta=1e6, rope_scaling=None, num_experts=8,
-    ),  # fmt: skip
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        dim=4096,
+        ffn_dim=14336,
+        vocab_size=32000,
+        max_seq=32768,
+        rope_theta=1e6,
+        rope_scaling=None,
+        num_experts=8,
+    ),
     "llama-405b": LlamaConfig(num_layers=126, num_heads=128, num_kv_heads=8, dim=16384, ffn_dim=53248),
 }
 

@@ -38,7 +38,9 @@ def find(num_experts: int, num_here: int, num_examples: int) -> Place:
     if num_here != num_experts:
         found = [f"{num_here} experts in the weights, {num_experts} columns in the router"]
         fix = "Give router[D, E] and weights[E, ...]; `expert` is split by rules= of jzero.shard, not by hand."
-        raise ValueError(explain(WHO, "router and weights disagree on the experts", found=found, context=f"mesh {dict(mesh.shape)}", fix=fix))
+        raise ValueError(
+            explain(WHO, "router and weights disagree on the experts", found=found, context=f"mesh {dict(mesh.shape)}", fix=fix)
+        )
     axes = _batch_axes(mesh)
     num_shards = 1
     for axis in axes:
@@ -47,7 +49,9 @@ def find(num_experts: int, num_here: int, num_examples: int) -> Place:
     if num_experts % size:
         legal = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)
         found, fix = [f"expert={size}, {num_experts} experts"], f"Legal sizes of the axis: {legal}."
-        raise ValueError(explain(WHO, "the axis 'expert' must divide the experts", found=found, context=f"mesh {dict(mesh.shape)}", fix=fix))
+        raise ValueError(
+            explain(WHO, "the axis 'expert' must divide the experts", found=found, context=f"mesh {dict(mesh.shape)}", fix=fix)
+        )
     return Place(size, mesh) if is_free and num_examples % num_shards == 0 else HERE
 
 

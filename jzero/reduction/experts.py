@@ -24,7 +24,7 @@ def over_batch_mean(eq: Equation) -> list[Claim]:
 
 
 def dispatch(eq: Equation) -> list[AnyState]:
-    """`x[B, T, D], ids[B, T, K]` -> the experts' rows, where each choice went, and for groups of any size how many there are."""
+    """`x[B, T, D], ids[B, T, K]` -> rows, where each choice went, and without a capacity how many rows an expert has."""
     if not all(state == PerExample(0) for state in eq.ins):
         raise Mixing(APART)
     rows = PerExample(0 if eq.params["capacity"] is None else 1)

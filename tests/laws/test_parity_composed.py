@@ -212,7 +212,8 @@ EXPERTS = {
     "optimizer": ("adamw", "sgd"),
 }
 QUICK_EXPERTS = {
-    "stage": 3, "precision": "fp32", "accumulate": 1, "clip": 1.0, "mesh": "expert 4 data 2", "loss": "mean", "optimizer": "sgd",
+    "stage": 3, "precision": "fp32", "accumulate": 1, "clip": 1.0, "mesh": "expert 4 data 2", "loss": "mean",
+    "optimizer": "sgd",
 }  # fmt: skip
 
 
