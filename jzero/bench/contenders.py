@@ -14,6 +14,7 @@ from jzero import precision as precisions
 from jzero import remat as remats
 from jzero._tree import num_bytes
 from jzero.bench.setup import Setup
+from jzero.models import mixtral
 from jzero.shard import shard
 from jzero.step import make_train_step
 
@@ -109,7 +110,8 @@ def staged(setup: Setup, tokens: jax.Array, stage: int) -> Trial:
     """The same loss and optimizer through `jzero.make_train_step` and `jzero.shard`."""
     options = setup.options
     train_step = make_train_step(setup.model.loss, setup.optimizer, precision=setup.precision, accumulate=options.accumulate)
-    step = shard(train_step, stage=stage, mesh=setup.mesh, remat=options.remat)
+    rules = mixtral.expert_rules if setup.mesh.shape.get("expert", 1) > 1 else ()
+    step = shard(train_step, stage=stage, mesh=setup.mesh, remat=options.remat, rules=rules)
     state = step.init(lambda key: train_step.init(setup.model.init(key)), jax.random.key(options.seed))
     start = time.perf_counter()
     report = step.report(state, tokens).to_dict()  # compiles

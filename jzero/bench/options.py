@@ -10,7 +10,7 @@ from jzero import remat as remats
 from jzero import stages
 from jzero._errors import explain, suggest
 from jzero._types import BATCH_AXES, MESH_AXES
-from jzero.models import preset
+from jzero.models import MixtralConfig, preset
 
 WHO = "jzero.bench"
 _EPILOG = "With no accelerator 8 CPU devices are simulated. Absolute times are comparable within one run only."
@@ -55,10 +55,16 @@ def parse(argv: Sequence[str] | None = None) -> Options:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jzero.bench", description=__doc__, epilog=_EPILOG)
     add = parser.add_argument
-    add("--model", default="gpt2-tiny", help="gpt2-tiny, gpt2-124m/355m/774m/1.5b, llama-tiny/1b/8b/70b/405b")
+    add(
+        "--model", default="gpt2-tiny", help="gpt2-tiny, gpt2-124m/355m/774m/1.5b, llama-tiny/1b/8b/70b/405b, mixtral-tiny/8x7b"
+    )
     add("--stage", default="0,1,2,3", help="ZeRO stages to run, comma-separated")
     add("--no-plain", action="store_true", help="leave out plain JAX (hand-written jit, everything replicated)")
-    add("--mesh", default="", help="sizes of mesh axes, such as data=4,replica=2; default: all devices on data")
+    add(
+        "--mesh",
+        default="",
+        help="sizes of mesh axes, such as data=4,replica=2, of Mixtral also expert; default: all devices on data",
+    )
     add("--devices", type=int, help="how many CPU devices to simulate, or how many of the real ones to use")
     add("--precision", help="fp32, bf16, fp16 or bf16-pure; default fp32 on CPU, bf16 elsewhere")
     add("--batch", type=int, help="sequences per step over all devices; default 2 (CPU) or 8 per device and microbatch")
@@ -92,7 +98,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     if unknown:
         context = suggest(unknown[0], BATCH_AXES)
         other = ", ".join(axis for axis in MESH_AXES if axis not in BATCH_AXES)
-        fix = f"Use data (sharded over) and replica (repeated over); the bench's models do not use {other}."
+        fix = f"Use data (sharded over), replica (repeated over), Mixtral's expert; the bench's models do not use {other}."
         raise ValueError(
             explain(WHO, "unknown mesh axis", found=[f"--mesh {text}: {a!r}" for a in unknown], context=context, fix=fix)
         )
@@ -101,7 +107,10 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 def _check(options: Options) -> None:
     """Everything that can be known without a device."""
-    preset(options.model)
+    config = preset(options.model)
+    if options.mesh.get("expert", 1) > 1 and not isinstance(config, MixtralConfig):
+        found, fix = [f"--mesh expert={options.mesh['expert']}"], "Use --model mixtral-tiny, or give its devices to data."
+        raise ValueError(explain(WHO, f"{options.model} has no experts", found=found, fix=fix))
     if options.precision is not None:
         precisions.get(options.precision)
     remats.get(options.remat)

@@ -18,7 +18,7 @@ def is_split(leaf: Any) -> bool:
 
 
 def batch_spec(leaf: Any, mesh: Mesh, path: str = "") -> PartitionSpec:
-    """The spec of one batch leaf, x[B_(replica,data), ...]; PRNG keys and scalars are replicated.
+    """The spec of one batch leaf, x[B_(replica,data,expert), ...]; PRNG keys and scalars are replicated.
 
     Raises:
       ValueError: dim 0 is not a multiple of the batch axes' size. `check_batch` says it for a whole batch at once.
