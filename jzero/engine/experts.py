@@ -53,7 +53,6 @@ class Exchange(NamedTuple):
     times: int  # a microbatch, backward pass included
     rows: int  # of which it is
     choices: int  # rows that are there at least
-    where: str
 
 
 def exchanges(program: Any, mesh: Mesh) -> list[Exchange]:
@@ -67,12 +66,11 @@ def exchanges(program: Any, mesh: Mesh) -> list[Exchange]:
         rows = (eqn.outvars if name == DISPATCH else eqn.invars)[0].aval
         choices = eqn.invars[1].aval.size // parts
         times = trips * (3 if in_remat else 2)
-        where = _compat.where(eqn)
         num_rows = rows.size // rows.shape[-1] // parts
-        found.append(Exchange(num_bytes(rows) // parts, times, num_rows, choices, where))
+        found.append(Exchange(num_bytes(rows) // parts, times, num_rows, choices))
         if name == DISPATCH and eqn.params["capacity"] is None:
             num_experts = eqn.params["num_experts"]
-            found.append(Exchange(4 * num_experts, times - trips, num_experts, num_experts, where))
+            found.append(Exchange(4 * num_experts, times - trips, num_experts, num_experts))
     return found
 
 
@@ -88,8 +86,7 @@ def findings(found: Sequence[Exchange]) -> list[str]:
     padded = [one for one in found if one.rows > one.choices]
     return list(
         dict.fromkeys(
-            f"experts exchange {one.rows} rows for {one.choices} choices of tokens, room for all that may fall on one device: "
-            f"{one.where}"
+            f"experts exchange {one.rows} rows for {one.choices} choices of tokens: room for all that may fall on one device"
             for one in padded
         )
     )

@@ -100,6 +100,7 @@ class PipelineGradients(Gradients):
 
     def _check_meaning(self) -> None:
         """Shards of a pipeline compute on their own: a loss in which their examples meet has no such program."""
+        self._check_statistics()
         reduction = self.step.reduction
         if self.num_shards == 1 or reduction == "local" or (reduction == "auto" and self.examples.kind != "mixed"):
             return
@@ -108,6 +109,15 @@ class PipelineGradients(Gradients):
         fix = "Return jzero.weighted(sum, weight), accept means of shards with reduction='local', or use a mesh with data=1."
         problem = "a pipeline cannot keep the global meaning of this loss on several shards of the batch"
         raise ValueError(explain(WHO, problem, found=found, context=context, fix=fix))
+
+    def _check_statistics(self) -> None:
+        """A mean over all shards is a collective, and pipe stages are not at the same operation at the same time."""
+        program = self.examples.program
+        if program is not None and self.num_shards > 1 and _contains(program, "jzero_over_batch_mean"):
+            found, fix = ["jzero.over_batch_mean in embed, layers or head"], "Use a mesh with data=1 beside pipe, or no pipe."
+            context = f"mesh {describe(self.mesh)}"
+            problem = "a pipeline has no means over the whole batch (routers of experts need them) on several shards"
+            raise NotImplementedError(explain(WHO, problem, found=found, context=context, fix=fix))
 
     def _by_shard(self) -> tuple[gradient.Sums, jax.Array, Normaliser, gradient.LossProgram]:
         """Every shard of the batch runs its microbatches through the pipeline; then shards and pipe stages are added up."""
@@ -281,6 +291,11 @@ class PipelineGradients(Gradients):
         """How many devices hold the same elements of a gradient."""
         over_pipe = 1 if self._pipe_dim(index) is not None else self.num_pipe_stages
         return axis_size(self.mesh, self._missing(self._rest(index))) * over_pipe
+
+
+def _contains(program: Any, name: str) -> bool:
+    eqns = _compat.open_jaxpr(program)[0].eqns
+    return any(eqn.primitive.name == name or any(_contains(inner, name) for inner in _compat.inner_jaxprs(eqn)) for eqn in eqns)
 
 
 def _any(*specs: Any) -> tuple[Any, ...]:

@@ -115,7 +115,7 @@ def _product(rows: jax.Array, weights: jax.Array, *counts: jax.Array, place: Pla
 
 def _grouped(rows: jax.Array, weights: jax.Array, *counts: jax.Array) -> jax.Array:
     if counts:
-        return jax.lax.ragged_dot(rows, weights, *counts)
+        return jax.lax.ragged_dot(rows, weights, counts[0])
     return jnp.einsum("ebcd,edf->ebcf", rows, weights)
 
 

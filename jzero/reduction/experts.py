@@ -5,6 +5,7 @@ Tokens that were sent to experts lie in another order than they came; what is do
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 from jzero.reduction.equation import Equation, Rule, settled
 from jzero.reduction.states import AnyState, Claim, Independent, Mixing, PerExample, Sum, is_plain
@@ -28,7 +29,7 @@ def dispatch(eq: Equation) -> list[AnyState]:
     if not all(state == PerExample(0) for state in eq.ins):
         raise Mixing(APART)
     rows = PerExample(0 if eq.params["capacity"] is None else 1)
-    outs: Sequence[AnyState] = (rows, PerExample(0), Sum(eq.out.factor))
+    outs: Sequence[AnyState] = (rows, PerExample(0), Sum(Fraction(eq.out.factor)))
     return list(outs[: len(eq.out_shapes)])
 
 
