@@ -16,7 +16,8 @@ def over_batch_mean(statistics: Any) -> Any:
     where shards compute on their own it is one all-reduce over the batch axes (2 (N-1)/N of the statistics' bytes, in their
     dtype, forward and again backward). jzero's analysis of the loss knows it: what follows is no longer the batch's.
 
-    Under `accumulate` a statistic is that of one microbatch, on one device and on many.
+    Under `accumulate` a statistic is that of one microbatch, on one device and on many. Inside a branch that only some
+    examples take, a loss keeps the global program (with `reduction="local"` it would wait for shards that are elsewhere: do not).
 
     Args:
       statistics: a pytree of means over examples (or of sums, which it divides by the number of shards: use means).
