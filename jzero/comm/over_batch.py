@@ -17,7 +17,7 @@ def over_batch_mean(statistics: Any) -> Any:
     dtype, forward and again backward). jzero's analysis of the loss knows it: what follows is no longer the batch's.
 
     Under `accumulate` a statistic is that of one microbatch, on one device and on many. Inside a branch that only some
-    examples take, a loss keeps the global program (with `reduction="local"` it would wait for shards that are elsewhere: do not).
+    examples take, a loss keeps the global program (with `reduction="local"` it would wait for the others for ever).
 
     Args:
       statistics: a pytree of means over examples (or of sums, which it divides by the number of shards: use means).
