@@ -18,7 +18,7 @@ from jax._src.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
 
 Literal = core.Literal
-_OUTER_MESH: ContextVar[Any] = ContextVar("outer_mesh", default=None)  # the mesh in force around `known_mesh`
+_OUTER_MESH: ContextVar[Any] = ContextVar("outer_mesh", default=None)  # the mesh in force around `mesh_shown`
 
 
 class ScanParts(NamedTuple):
@@ -180,7 +180,7 @@ def constraints_apart_from(axes: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def known_mesh(mesh: Any) -> Iterator[None]:
+def mesh_shown(mesh: Any) -> Iterator[None]:
     """While a program is traced under Auto axes: operations that open a `shard_map` of their own may find the mesh here."""
     token = _OUTER_MESH.set(mesh_lib.get_abstract_mesh())
     try:
@@ -191,8 +191,8 @@ def known_mesh(mesh: Any) -> Iterator[None]:
 
 
 @contextmanager
-def outer_mesh() -> Iterator[None]:
-    """Inside `known_mesh`: as if it were not there."""
+def mesh_hidden() -> Iterator[None]:
+    """Inside `mesh_shown`: as if it were not there."""
     outer = _OUTER_MESH.get()
     if outer is None:
         yield

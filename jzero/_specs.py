@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from jzero._types import ZERO_AXES
+from jzero._types import ZERO_BATCH_AXES
 
 
 def names(entry: Any) -> tuple[str, ...]:
@@ -22,7 +22,7 @@ def zero_axes(entry: Any) -> tuple[str, ...]:
     `expert` on a dim of its own is no part of ZeRO: its pieces are different experts, and nobody gathers them.
     """
     here = names(entry)
-    return tuple(name for name in here if name in ZERO_AXES) if "data" in here else ()
+    return tuple(name for name in here if name in ZERO_BATCH_AXES) if "data" in here else ()
 
 
 def zero_split(split: Iterable[Any]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ ROLES: tuple[Role, ...] = ("params", "opt_state", "batch", "other")
 MESH_AXES = ("replica", "data", "pipe", "sequence", "tensor", "expert")  # outermost first
 BATCH_AXES = ("replica", "data", "expert")  # the axes that examples are split over
 # ZeRO shards over these together; a leaf with `expert` on a dim of its own (experts) over `data` alone.
-ZERO_AXES = ("data", "expert")
+ZERO_BATCH_AXES = ("data", "expert")
 
 
 class Leaf(NamedTuple):

@@ -43,7 +43,7 @@ def used_whole(program: Any, layout: Layout, num_params: int, mesh: Mesh, axes: 
 
 def known(mesh: Mesh) -> AbstractContextManager[None]:
     """Around the tracing of a step under Auto axes: experts look for their axis in the mesh in force."""
-    return _compat.known_mesh(mesh) if AXIS in mesh.axis_names else nullcontext()
+    return _compat.mesh_shown(mesh) if AXIS in mesh.axis_names else nullcontext()
 
 
 class Exchange(NamedTuple):

@@ -13,7 +13,7 @@ from jzero import hlo, traffic
 from jzero._specs import axes as axes_of
 from jzero._specs import without_zero, zero_split
 from jzero._tree import num_bytes, short
-from jzero._types import ROLES, ZERO_AXES
+from jzero._types import ROLES, ZERO_BATCH_AXES
 from jzero.engine import experts, memory, serving
 from jzero.engine.achieved import ASKED_FOR, Subject
 from jzero.engine.layout import Layout, Options, Trace
@@ -137,7 +137,7 @@ def _opaque(layout: Layout, options: Options, uses: list[Any]) -> traffic.Table:
     split_owners = {
         p.leaf.owner for i, p in enumerate(layout.placements) if p.leaf.owner is not None and _has_data(layout.split(i))
     }
-    zero = {name: axis_size(options.mesh, name) for name in ZERO_AXES}
+    zero = {name: axis_size(options.mesh, name) for name in ZERO_BATCH_AXES}
     taken = lambda index: {name for entry in layout.split(index) for name in without_zero(entry)}
     rows = {
         index: traffic.Held(
@@ -182,7 +182,7 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
     found = [*trace.findings, *_idle_axes(layout, options)]
     if trace.jaxpr is not None:
         found += experts.findings(experts.exchanges(trace.jaxpr, options.mesh))
-    if options.stage.number > 0 and axis_size(options.mesh, ZERO_AXES) > 1:
+    if options.stage.number > 0 and axis_size(options.mesh, ZERO_BATCH_AXES) > 1:
         whole = [
             f"{p.leaf.path} {short(aval)} stays whole: {p.why}"
             for p, aval, index in zip(layout.placements, layout.avals, range(len(layout.avals)), strict=True)

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jzero._errors import columns, explain, suggest
 from jzero._specs import without_zero
 from jzero._tree import num_elements, short
-from jzero._types import ZERO_AXES, Leaf, Placement, Role
+from jzero._types import ZERO_BATCH_AXES, Leaf, Placement, Role
 from jzero.mesh import axis_size, describe
 from jzero.rules.overrides import Entries, Override, Rule, overrides, to_spec
 from jzero.rules.stacked import stacked_dims
@@ -113,7 +113,7 @@ def _choose(
 def zero_axes(entries: Entries, mesh: Mesh) -> tuple[str, ...]:
     """The axes over which ZeRO shards a leaf with these entries: `data`, and `expert` unless its pieces are experts."""
     taken = {axis for entry in entries for axis in entry}
-    return tuple(axis for axis in ZERO_AXES if axis == AXIS or (axis in mesh.axis_names and axis not in taken))
+    return tuple(axis for axis in ZERO_BATCH_AXES if axis == AXIS or (axis in mesh.axis_names and axis not in taken))
 
 
 def _over_pipe(entries: Entries, dim: int | None) -> Entries:
@@ -164,7 +164,7 @@ def _placed(
 
 def _indivisible(placed: Sequence[Choice], leaves: Sequence[Leaf], mesh: Mesh, least: int) -> str:
     """Every leaf that cannot be split, and the sizes that could."""
-    axis = AXIS if axis_size(mesh, AXIS) > 1 else "+".join(axis for axis in ZERO_AXES if axis in mesh.axis_names)
+    axis = AXIS if axis_size(mesh, AXIS) > 1 else "+".join(axis for axis in ZERO_BATCH_AXES if axis in mesh.axis_names)
     num_shards = axis_size(mesh, axis.split("+"))  # the least that a dim must be a multiple of
     rows: list[list[str]] = []
     pads: dict[int, str] = {}  # one for each parameter, whose mirrors have the same shape

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jzero import _compat
 from jzero import reduction as reductions
 from jzero.step import batch as batches
 from jzero.step import gradient
@@ -85,8 +84,7 @@ def examples_of(call: LossCall, params: Any, micro: Any, rng: Any, model_state: 
         return jax.tree.leaves(outcome)
 
     factor = max(2, num_parts)
-    with _compat.outer_mesh():  # what a loss means has nothing to do with where it will run
-        verdict = reductions.analyze(flat_loss, flat, dims, factor=factor)
+    verdict = reductions.analyze(flat_loss, flat, dims, factor=factor)
     ranks = [leaf.ndim for leaf in jax.tree.leaves(seen[0])]
     return _judge(verdict, jax.tree.unflatten(jax.tree.structure(seen[0]), range(len(ranks))), ranks, factor)
 
