@@ -10,12 +10,12 @@ import jzero
 from jzero import models
 from jzero.models import mixtral
 
-pytestmark = pytest.mark.compile
+pytestmark = [pytest.mark.compile, pytest.mark.slow]  # `test_moe.py` asks the CPU compiler the same in `make test`
 
 LENGTH, NUM_LAYERS = 128, 2
 SIZES = {"num_layers": NUM_LAYERS, "dim": 256, "num_heads": 4, "num_kv_heads": 4, "ffn_dim": 512, "vocab_size": 512}
 CASES = [
-    # target, capacity factor, stage, accumulate, remat; the first is not slow
+    # target, capacity factor, stage, accumulate, remat
     ("h100:1x8", 1.25, 3, 1, None),
     ("h100:1x8", None, 3, 1, None),
     ("h100:1x8", None, 2, 4, "full"),
@@ -26,11 +26,7 @@ CASES = [
 ]
 
 
-def cases():
-    return [pytest.param(*case, marks=[pytest.mark.slow] if index else [], id=str(case)) for index, case in enumerate(CASES)]
-
-
-@pytest.mark.parametrize(("target", "capacity_factor", "stage", "accumulate", "remat"), cases())
+@pytest.mark.parametrize(("target", "capacity_factor", "stage", "accumulate", "remat"), CASES, ids=str)
 def test_traffic_of_experts(target, capacity_factor, stage, accumulate, remat):
     model = models.build("mixtral-tiny", capacity_factor=capacity_factor, **SIZES)
     own = jzero.make_train_step(model.loss, optax.adamw(1e-3), precision="bf16", accumulate=accumulate)
