@@ -17,8 +17,9 @@ from jax._src import mesh as mesh_lib
 from jax._src.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jzero._types import SHOWN_AXES
+
 Literal = core.Literal
-_OUTER_MESH: ContextVar[Any] = ContextVar("outer_mesh", default=None)  # the mesh in force around `mesh_shown`
 
 
 class ScanParts(NamedTuple):
@@ -153,6 +154,42 @@ def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     return core.eval_jaxpr(opened, consts, *args)
 
 
+_before: ContextVar[Any] = ContextVar("_before", default=None)
+
+
+@contextmanager
+def mesh_shown(mesh: Any) -> Iterator[None]:
+    """While a program is traced under Auto axes: its code may ask for the mesh, as it may inside `shard_map`.
+
+    Only for meshes with an axis that code has to know of (`SHOWN_AXES`): types of arrays then name the mesh.
+    """
+    if not any(mesh.shape.get(axis, 1) > 1 for axis in SHOWN_AXES):
+        yield
+        return
+    token = _before.set(mesh_lib.get_abstract_mesh())
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            yield
+    finally:
+        _before.reset(token)
+
+
+@contextmanager
+def mesh_hidden() -> Iterator[None]:
+    """Inside `mesh_shown`: without it, as for an analysis of what the program means."""
+    before = _before.get()
+    if before is None:
+        yield
+        return
+    with jax.sharding.use_abstract_mesh(before):
+        yield
+
+
+def without_mesh() -> Any:
+    """While something is traced that will run on pieces: types under the mesh outside do not fit inside `shard_map`."""
+    return jax.sharding.use_abstract_mesh(mesh_lib.empty_abstract_mesh)
+
+
 @contextmanager
 def constraints_apart_from(axes: Sequence[str]) -> Iterator[None]:
     """While a program is traced with `axes` manual: what the user's sharding constraints say of them is dropped.
@@ -177,28 +214,6 @@ def constraints_apart_from(axes: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         pjit._create_sharding_for_array = real
-
-
-@contextmanager
-def mesh_shown(mesh: Any) -> Iterator[None]:
-    """While a program is traced under Auto axes: operations that open a `shard_map` of their own may find the mesh here."""
-    token = _OUTER_MESH.set(mesh_lib.get_abstract_mesh())
-    try:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            yield
-    finally:
-        _OUTER_MESH.reset(token)
-
-
-@contextmanager
-def mesh_hidden() -> Iterator[None]:
-    """Inside `mesh_shown`: as if it were not there."""
-    outer = _OUTER_MESH.get()
-    if outer is None:
-        yield
-        return
-    with jax.sharding.use_abstract_mesh(outer):
-        yield
 
 
 def _apart_from(axes: Sequence[str], entry: Any) -> Any:

@@ -12,6 +12,9 @@ MESH_AXES = ("replica", "data", "pipe", "sequence", "tensor", "expert")  # outer
 BATCH_AXES = ("replica", "data", "expert")  # the axes that examples are split over
 # ZeRO shards over these together; a leaf with `expert` on a dim of its own (experts) over `data` alone.
 ZERO_BATCH_AXES = ("data", "expert")
+ALSO_AXES = ("sequence",)  # that split each example: ZeRO shards over them too, or they would repeat the state
+ZERO_AXES = (*ZERO_BATCH_AXES, *ALSO_AXES)
+SHOWN_AXES = (*ALSO_AXES, "expert")  # that code inside a step has to know of
 
 
 class Leaf(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jzero import _compat
+from jzero._types import ALSO_AXES, BATCH_AXES
 from jzero.audit import moved
 from jzero.gather.facts import Use, kept_use
 from jzero.stages import Stage
@@ -53,6 +54,8 @@ class Param(NamedTuple):
     split: tuple[str, ...]  # the axes that ZeRO gathers and reduces it over; empty if it is whole
     trains: bool
     rest: tuple[str, ...] = ("replica", "data")  # the other batch axes whose devices hold all of it
+    num_whole: int = 0  # where ZeRO shards it over more axes than those: what these make of the piece
+    also: tuple[str, ...] = ()  # those axes
 
 
 def composed(
@@ -60,10 +63,13 @@ def composed(
 ) -> Table:
     """Expected wire bytes of a composed step whose gradient is manual.
 
+    Axes that split each example (`sequence`) add up every microbatch's gradients, at any stage; what they split of the leaves
+    they gather after `data`. Not counted: what activations send over them.
+
     Args:
       params: leaves in order. Whole ones (tiny, indivisible, stage 0) are all-reduced once a step.
       uses: of the split leaves in the loss of one microbatch.
-      axes: sizes of the mesh axes that examples are split over, in the mesh's order.
+      axes: sizes of the axes that examples are split over and of those that split each example, in the mesh's order.
       num_scalars: float32 values in the closing all-reduce.
     """
     table: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
@@ -78,12 +84,19 @@ def composed(
     gathered, reduced = _by_leaf(stage, params, list(uses), wire.num_micro)
     once = wire.reduce_once if stage.reduce == "step" else wire.reduce
     for index, param in enumerate(params):
+        for axis in ALSO_AXES if param.trains or param.also else ():
+            ratio = param.num_whole // param.num_elements if axis in param.also else 1
+            times = wire.num_micro if stage.reduce == "step" or axis not in param.also else 1
+            kind = "reduce-scatter" if axis in param.also else "all-reduce"
+            summed = (reduced[index] or param.num_elements) if axis in param.also else param.num_elements
+            add((axis,), "all-gather", gathered[index] * ratio if axis in param.also else 0, wire.compute)
+            add((axis,), kind, summed * ratio * times * param.trains, wire.compute)
         if param.split:
             add(param.split, "all-gather", gathered[index], wire.compute)
             add(param.split, "reduce-scatter", reduced[index] * param.trains, once)
         held = param.num_elements // size_of(param.split) * param.trains
         add(param.rest, "all-reduce", held, wire.reduce_once)
-    add(tuple(axes), "all-reduce", num_scalars, jnp.float32)
+    add(BATCH_AXES, "all-reduce", num_scalars, jnp.float32)
     return {axis: dict(kinds) for axis, kinds in table.items()}
 
 
@@ -110,38 +123,45 @@ def num_gathers(use: Use) -> int:
     return 1 if use.eqn.primitive.name in NOT_READ_BACKWARD and not use.in_remat else 2
 
 
-class Held(NamedTuple):
-    """One parameter leaf of a step that jzero did not write."""
+class OpaqueParam(NamedTuple):
+    """One parameter leaf of a step that jzero did not write: its pieces as in `Param`."""
 
     num_elements: int
+    num_whole: int
     dtype: Any
-    is_split: bool  # it, or at stages 1 and 2 its optimizer state
-    over: tuple[str, ...] = ("data",)  # the axes that it is or would be split over
+    is_split: bool  # itself, or at stages 1 and 2 its optimizer state
+    over: tuple[str, ...] = ("data",)  # the batch axes that it is or would be split over
 
 
-def opaque(stage: Stage, params: dict[int, Held], uses: Iterable[Use], axes: dict[str, int]) -> Table:
+def opaque(stage: Stage, params: dict[int, OpaqueParam], uses: Iterable[Use], axes: dict[str, int]) -> Table:
     """Expected wire bytes of a step that jzero did not write: each gradient reduced once, in the parameter's dtype.
 
     Args:
       params: parameters by their leaf's index in the state.
       uses: in the whole step, where forward and backward uses stand apart; those of one loop body share a gather.
-      axes: sizes of the axes that ZeRO shards over.
+      axes: sizes of the axes that ZeRO shards over, over all of which a gradient is reduced at once.
     """
     table: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
+    also = tuple(name for name in axes if name in ALSO_AXES)
 
-    def add(held: Held, kind: str, amount: int) -> None:
-        over = [name for name in held.over if axes[name] > 1]
+    def add(names: Sequence[str], kind: str, num_bytes: int) -> None:
+        over = [name for name in axes if name in names and axes[name] > 1]
         if over:
-            table["+".join(over)][kind] += moved(kind, amount, math.prod(axes[name] for name in over))
+            table["+".join(over)][kind] += moved(kind, num_bytes, math.prod(axes[name] for name in over))
 
-    for held in params.values():
-        amount = held.num_elements * jnp.dtype(held.dtype).itemsize
-        add(held, "reduce-scatter" if held.is_split else "all-reduce", amount)
-        if held.is_split and stage.gather == "step":
-            add(held, "all-gather", amount)
+    def gather(param: OpaqueParam, piece: int, whole: int, itemsize: int) -> None:
+        add(param.over, "all-gather", piece * itemsize)
+        if whole > piece:
+            add(also, "all-gather", whole * itemsize)
+
+    for param in params.values():
+        itemsize = jnp.dtype(param.dtype).itemsize
+        add((*param.over, *also), "reduce-scatter" if param.is_split else "all-reduce", param.num_whole * itemsize)
+        if param.is_split and stage.gather == "step":
+            gather(param, param.num_elements, param.num_whole, itemsize)
     for use in _apart(uses) if stage.gather == "use" else ():
-        size = use.num_elements * use.trips * use.eqn.invars[use.operand].aval.dtype.itemsize
-        add(params[use.leaf], "all-gather", size)
+        itemsize = use.eqn.invars[use.operand].aval.dtype.itemsize
+        gather(params[use.leaf], use.num_elements * use.trips, use.num_whole * use.trips, itemsize)
     return {axis: dict(kinds) for axis, kinds in table.items()}
 
 

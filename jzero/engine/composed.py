@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec
 from jzero import _compat
 from jzero import precision as precisions
 from jzero._specs import axes as axes_of
-from jzero._specs import entry_of, names, zero_axes, zero_split
+from jzero._specs import entry_of, names, zero_axes
 from jzero._tree import is_key
+from jzero._types import ALSO_AXES
 from jzero.comm import Auto, Comm, Manual
 from jzero.engine import experts
 from jzero.engine.layout import Layout, Options, Trace, check_effects, check_same_state
@@ -153,16 +154,20 @@ class Gradients:
 
         def split(index: int) -> Any:
             entries = self.layout.split(index)
-            if not zero_split(entries) or self.options.stage.gather == "never":
+            is_zero = any(zero_axes(entry) or set(ALSO_AXES) & set(names(entry)) for entry in entries)
+            if not is_zero or self.options.stage.gather == "never":
                 return None
-            here = (entry_of(zero_axes(entry)) or self._elsewhere(entry) for entry in entries)
-            return tuple(here) if comm.is_local else entries
+            return tuple(map(self._by_hand_or_elsewhere, entries)) if comm.is_local else entries
 
         return tuple(split(index) for index in range(len(self.leaves)))  # params come first in a TrainState
 
-    def _elsewhere(self, entry: Any) -> Any:
-        """An entry without the axes that are manual: how the partitioner splits what is left."""
-        return entry_of(tuple(name for name in names(entry) if name not in self.manual_axes))
+    def _by_hand_or_elsewhere(self, entry: Any) -> Any:
+        """ZeRO's manual axes, alone or before its others; else how the partitioner splits what is left."""
+        here, by_hand = names(entry), zero_axes(entry)
+        if by_hand:
+            is_plain = here[: len(by_hand)] == by_hand and set(here[len(by_hand) :]) <= set(ALSO_AXES)
+            return entry_of(here if is_plain else by_hand)
+        return entry_of(tuple(name for name in here if name not in self.manual_axes))
 
     def _over_batch_axes(self, index: int) -> tuple[Any, ...]:
         """A parameter's spec as a shard sees it: of the manual axes those that examples are split over."""
@@ -234,8 +239,9 @@ class Gradients:
         """Every value is the whole batch's: exact for any loss, at the cost of a reduction in every microbatch."""
         rngs = partial(self.step.microbatch_key, self.key, shard=0)
         scale = self.state.loss_scale.scale
-        with experts.known(self.mesh):
-            sums, weight, program = self._sums(self.leaves, self.batch, self.state.model_state, rngs, scale, Auto(self.mesh), 1)
+        comm = Auto(self.mesh, also=ALSO_AXES)
+        with _compat.mesh_shown(self.mesh):
+            sums, weight, program = self._sums(self.leaves, self.batch, self.state.model_state, rngs, scale, comm, 1)
         return sums, squares(sums.grads), weight, program
 
     def _by_shard(self) -> tuple[gradient.Sums, jax.Array, Normaliser, gradient.LossProgram]:
@@ -285,7 +291,7 @@ class Gradients:
 
     def _by_hand(self) -> Manual:
         is_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return Manual(widens=is_cpu and len(self.mesh.axis_names) > len(self.manual_axes))
+        return Manual(widens=is_cpu and len(self.mesh.axis_names) > len(self.manual_axes), also=ALSO_AXES)
 
     def _averaged(self, model_state: Any) -> Any:
         """`reduction="local"` lets shards' model states differ; their mean is what all go on with."""

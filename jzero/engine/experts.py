@@ -1,7 +1,6 @@
 """Parameters that are pieces of their own over `expert`: who they are, and whether only operations that know it touch them."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -39,11 +38,6 @@ def used_whole(program: Any, layout: Layout, num_params: int, mesh: Mesh, axes: 
     path = lambda use: layout.placements[use.leaf].leaf.path
     lines = (f"{path(use)} is split over the batch's axes and used whole: {_compat.where(use.eqn)}" for use in wrong)
     return list(dict.fromkeys(lines))
-
-
-def known(mesh: Mesh) -> AbstractContextManager[None]:
-    """Around the tracing of a step under Auto axes: experts look for their axis in the mesh in force."""
-    return _compat.mesh_shown(mesh) if AXIS in mesh.axis_names else nullcontext()
 
 
 class Exchange(NamedTuple):

@@ -13,13 +13,13 @@ from jzero import hlo, traffic
 from jzero._specs import axes as axes_of
 from jzero._specs import without_zero, zero_split
 from jzero._tree import num_bytes, short
-from jzero._types import ROLES, ZERO_BATCH_AXES
+from jzero._types import ALSO_AXES, BATCH_AXES, ROLES, ZERO_AXES, ZERO_BATCH_AXES
 from jzero.engine import experts, memory, serving
 from jzero.engine.achieved import ASKED_FOR, Subject
 from jzero.engine.layout import Layout, Options, Trace
 from jzero.mesh import axis_size, batch_axes
 from jzero.report import Report
-from jzero.rules.batch import is_split
+from jzero.rules import batch_spec
 from jzero.step import TrainStep
 from jzero.step import params as parameters
 
@@ -94,10 +94,9 @@ def _resting(layout: Layout, batch: Any, shardings: list[Any], options: Options)
         row = table[placement.leaf.role]
         row["measured"] += audits.shard_bytes(aval, sharding)
         row["formula"] += num_bytes(aval) // _num_shards(placement.spec, options)
-    num_shards = axis_size(options.mesh, batch_axes(options.mesh))
     for leaf in jax.tree.leaves(batch):
         size = num_bytes(jax.ShapeDtypeStruct(jax.numpy.shape(leaf), jax.dtypes.result_type(leaf)))
-        per_device = size // num_shards if is_split(leaf) else size
+        per_device = size // _num_shards(batch_spec(leaf, options.mesh), options)
         table["batch"]["measured"] += per_device
         table["batch"]["formula"] += per_device
     return table
@@ -122,7 +121,7 @@ def _composed(fn: TrainStep, layout: Layout, options: Options, trace: Trace, use
     rows = [_param(layout, options, index, trains) for index, trains in enumerate(mask)]
     micro = fn.accumulate
     wire = traffic.Wire(fn.policy.compute, fn.policy.reduce, fn.policy.reduce_once, micro)
-    axes = {name: options.mesh.shape[name] for name in batch_axes(options.mesh)}
+    axes = {name: size for name, size in options.mesh.shape.items() if name in (*BATCH_AXES, *ALSO_AXES)}
     table = traffic.composed(options.stage, rows, uses, wire, axes, trace.num_scalars)
     return {**table, **experts.wire(experts.exchanges(trace.jaxpr, options.mesh), options.mesh, micro)}
 
@@ -130,24 +129,31 @@ def _composed(fn: TrainStep, layout: Layout, options: Options, trace: Trace, use
 def _param(layout: Layout, options: Options, index: int, trains: bool) -> traffic.Param:
     entries = layout.split(index)
     rest = tuple(axis for axis in batch_axes(options.mesh) if axis not in axes_of(entries))
-    return traffic.Param(layout.num_elements(index), zero_split(entries), trains, rest)
+    whole = layout.num_elements(index, apart=ALSO_AXES)
+    return traffic.Param(layout.num_elements(index), zero_split(entries), trains, rest, whole, _also(entries))
 
 
 def _opaque(layout: Layout, options: Options, uses: list[Any]) -> traffic.Table:
     split_owners = {
         p.leaf.owner for i, p in enumerate(layout.placements) if p.leaf.owner is not None and _has_data(layout.split(i))
     }
-    zero = {name: axis_size(options.mesh, name) for name in ZERO_BATCH_AXES}
+    zero = tuple(name for name in ZERO_BATCH_AXES if name in options.mesh.axis_names)
     taken = lambda index: {name for entry in layout.split(index) for name in without_zero(entry)}
     rows = {
-        index: traffic.Held(
-            layout.num_elements(index), aval.dtype, index in split_owners,
+        index: traffic.OpaqueParam(
+            layout.num_elements(index), layout.num_elements(index, apart=ALSO_AXES), aval.dtype, index in split_owners,
             zero_split(layout.split(index)) or tuple(name for name in zero if name not in taken(index)),
         )
         for index, (aval, placement) in enumerate(zip(layout.avals, layout.placements, strict=True))
         if placement.leaf.role == "params"
     }  # fmt: skip
-    return traffic.opaque(options.stage, rows, uses, zero)
+    axes = {name: size for name, size in options.mesh.shape.items() if name in ZERO_AXES}
+    return traffic.opaque(options.stage, rows, uses, axes)
+
+
+def _also(split: tuple[Any, ...]) -> tuple[str, ...]:
+    """The axes beside its batch axes that ZeRO splits a leaf over."""
+    return tuple(axis for axis in ALSO_AXES if axis in axes_of(split))
 
 
 def _has_data(split: tuple[Any, ...]) -> bool:
@@ -201,6 +207,7 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
         f"waits for the host: {one.what} of {one.bytes:,} bytes from {one.source or one.op_name or 'the compiler'}"
         for one in hlo.host_transfers(measured.module)[:10]
     ]
+    # Names of JAX's own collectives are what the user, a pipeline or `jzero.attention` asked for.
     strays = [one for one in audits.shuffles(measured) if not any(name in one.op_name for name in ASKED_FOR)]
     found += [f"nobody asked for: {audits.describe(one, options.mesh)}" for one in strays[:10]]
     found += [
@@ -213,7 +220,7 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
 def _idle_axes(layout: Layout, options: Options) -> list[str]:
     """Axes that neither split examples nor any leaf of the state."""
     used = {name for p in layout.placements for entry in p.spec for name in (entry if isinstance(entry, tuple) else (entry,))}
-    used |= {*batch_axes(options.mesh), *(["pipe"] if options.schedule is not None else [])}
+    used |= {*batch_axes(options.mesh), *ALSO_AXES, *(["pipe"] if options.schedule is not None else [])}
     idle = [name for name, size in options.mesh.shape.items() if size > 1 and name not in used]
     return [
         f"axis '{name}' ({options.mesh.shape[name]}) splits no leaf: its devices repeat each other's work, unless constraints "

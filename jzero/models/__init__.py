@@ -13,3 +13,4 @@ from jzero.models.config import MixtralConfig as MixtralConfig
 from jzero.models.config import ModelConfig as ModelConfig
 from jzero.models.config import RopeScaling as RopeScaling
 from jzero.models.config import preset as preset
+from jzero.models.pipeline import pipeline as pipeline

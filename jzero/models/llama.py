@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from jzero.models.config import LlamaConfig
-from jzero.models.layers import Attention, Embedding, attend, linear, rotate
+from jzero.models.layers import Attend, Embedding, linear, rotate
 from jzero.models.tensor import COLUMNS, ROWS, split
 
 _STDDEV = 0.02
@@ -20,8 +20,8 @@ tensor_rules = (
 class LlamaAttention(nnx.Module):
     """x + attention(norm(x)), and the norm of what follows. Kernels are [in, out]."""
 
-    def __init__(self, config: LlamaConfig, *, attention: Attention | None, rngs: nnx.Rngs):
-        self.config, self.attention = config, attention
+    def __init__(self, config: LlamaConfig, *, attend: Attend, rngs: nnx.Rngs):
+        self.config, self.attend = config, attend
         kv_dim, q_dim = config.num_kv_heads * config.head_dim, config.num_heads * config.head_dim
         kernel = partial(_kernel, rngs=rngs)
         self.attn_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, rngs=rngs)
@@ -29,24 +29,24 @@ class LlamaAttention(nnx.Module):
         self.o = kernel(q_dim, config.dim)
         self.mlp_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, rngs=rngs)
 
-    def attend(self, x: jax.Array) -> jax.Array:
+    def attended(self, x: jax.Array) -> jax.Array:
         config, heads = self.config, (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
         q, k = (rotate(part, theta=config.rope_theta, scaling=config.rope_scaling) for part in (q, k))
-        return self.o(attend(q, k, v, implementation=self.attention).reshape(*x.shape[:2], -1))
+        return self.o(self.attend(q, k, v).reshape(*x.shape[:2], -1))
 
 
 class LlamaLayer(LlamaAttention):
     """x + attention(norm(x)), then x + swiglu(norm(x))."""
 
-    def __init__(self, config: LlamaConfig, *, attention: Attention | None, rngs: nnx.Rngs):
-        super().__init__(config, attention=attention, rngs=rngs)
+    def __init__(self, config: LlamaConfig, *, attend: Attend, rngs: nnx.Rngs):
+        super().__init__(config, attend=attend, rngs=rngs)
         kernel = partial(_kernel, rngs=rngs)
         self.gate, self.up = kernel(config.dim, config.ffn_dim), kernel(config.dim, config.ffn_dim)
         self.down = kernel(config.ffn_dim, config.dim)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attend(self.attn_norm(x))
+        x = x + self.attended(self.attn_norm(x))
         y = self.mlp_norm(x)
         return x + self.down(jax.checkpoint(_swiglu)(self.gate(y), self.up(y)))  # saves its two inputs, nothing between
 

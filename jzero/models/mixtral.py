@@ -9,7 +9,7 @@ from flax import nnx
 from jzero import moe
 from jzero._errors import explain
 from jzero.models.config import MixtralConfig
-from jzero.models.layers import Attention, linear
+from jzero.models.layers import Attend, linear
 from jzero.models.llama import LlamaAttention, LlamaOuter
 from jzero.models.tensor import placed, split
 
@@ -46,14 +46,14 @@ class Experts(nnx.Module):
 class MixtralLayer(LlamaAttention):
     """x + attention(norm(x)), then x + experts(norm(x))."""
 
-    def __init__(self, config: MixtralConfig, *, attention: Attention | None, rngs: nnx.Rngs):
-        super().__init__(config, attention=attention, rngs=rngs)
+    def __init__(self, config: MixtralConfig, *, attend: Attend, rngs: nnx.Rngs):
+        super().__init__(config, attend=attend, rngs=rngs)
         self.router = linear(config.dim, config.num_experts, stddev=_STDDEV, use_bias=False, rngs=rngs)
         self.experts = Experts(config, rngs=rngs)
         self.top_k, self.capacity_factor = config.top_k, config.capacity_factor
 
     def __call__(self, tokens: Tokens) -> Tokens:
-        x = tokens.x + self.attend(self.attn_norm(tokens.x))
+        x = tokens.x + self.attended(self.attn_norm(tokens.x))
         y = self.mlp_norm(x)
         routing = moe.route(y, self.router.kernel[...], top_k=self.top_k)
         weights = (self.experts.gate[...], self.experts.up[...], self.experts.down[...])

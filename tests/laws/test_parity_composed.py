@@ -228,6 +228,26 @@ def test_parity_with_experts(entry):
     check({"tied": True, "model": "moe", **entry})
 
 
+KINDS = ("ulysses", "ring")
+QUICK_SEQUENCE = (
+    {"mesh": "data 2 sequence 4", "loss": "ring", "stage": 3, "precision": "fp32", "accumulate": 1, "clip": 1.0},
+    {"mesh": "data 2 sequence 2 tensor 2", "loss": "ulysses", "stage": 2, "precision": "fp32", "accumulate": 1, "clip": 1.0},
+)
+
+
+def on_a_split_sequence():
+    """Both kinds of attention; two entries in `make test`."""
+    entries = pairwise({**CORE, "mesh": tuple(meshes.SEQUENCE), "loss": KINDS})
+    entries = [entry for entry in entries if entry not in QUICK_SEQUENCE]
+    slow = [pytest.param(entry, marks=pytest.mark.slow, id=label(entry)) for entry in entries]
+    return [*(pytest.param(entry, id=label(entry)) for entry in QUICK_SEQUENCE), *slow]
+
+
+@pytest.mark.parametrize("entry", on_a_split_sequence())
+def test_parity_on_a_split_sequence(entry):
+    check({**AROUND_ONE, "optimizer": "sgd", **entry})
+
+
 def in_full():
     """The whole core, with what surrounds it taken in turn."""
     around = product(AROUND)
