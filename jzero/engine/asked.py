@@ -48,6 +48,9 @@ def options(
     mesh = meshes.make_mesh() if mesh is None else mesh
     meshes.check_mesh(mesh)
     table = _schedule(fn, mesh, schedule)
+    if table is not None and meshes.axis_size(mesh, "expert") > 1:
+        found, fix = [f"mesh {meshes.describe(mesh)}"], "Give the axis `expert`'s devices to `data`, or leave `pipe` out."
+        raise NotImplementedError(explain(WHO, "a pipeline has no axis 'expert' in this version", found=found, fix=fix))
     return Options(row, mesh, params, tuple(rules), policy, min_shard_elements, on_indivisible, donate, strict, table)
 
 
