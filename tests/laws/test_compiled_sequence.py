@@ -1,7 +1,7 @@
 """A split sequence on the compilers: what attention sends, that activations are not gathered, and that work is divided.
 
-Counted per layer and step, bytes per device by the ring algorithm, for pieces of T_loc positions, H heads, K of them for keys, of
-C elements in bfloat16:
+Counted per layer and step, bytes per device by the ring algorithm, for pieces of T_loc positions, H heads, K of them for keys,
+of C elements in bfloat16:
 
 - exchange of heads: q, k and v in one all-to-all, the result in another, forward; the same two backward;
 - ring: S - 1 permutes of keys and values forward, as many backward and S - 1 of their gradients in float32; and for the balance
