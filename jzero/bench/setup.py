@@ -103,7 +103,7 @@ def _attention_kind(config: models.ModelConfig, mesh: jax.sharding.Mesh, seq: in
         problem = f"{kind} attention on a mesh with sequence={num} splits a sequence into {pieces} equal pieces"
         legal = " or ".join(str(size) for size in (seq // pieces * pieces, -(-seq // pieces) * pieces) if size)
         raise ValueError(
-            explain(WHO, problem, found=[f"--seq {seq}"], context=f"mesh {meshes.describe(mesh)}", fix=f"Use {legal}.")
+            explain(WHO, problem, found=[f"--seq {seq}"], context=f"mesh {meshes.describe(mesh)}", fix=f"Use --seq {legal}.")
         )
     return kind
 
