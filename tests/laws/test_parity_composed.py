@@ -209,15 +209,10 @@ OWN_SEQUENCE = (
 
 def on_a_split_sequence():
     """Both kinds of attention; one entry in `make test`."""
-    entries = pairwise({**CORE, "mesh": tuple(meshes.SEQUENCE), "loss": KINDS})
-    entries = [entry for entry in entries if entry not in OWN_SEQUENCE]
-    slow = [pytest.param(entry, marks=pytest.mark.slow, id=label(entry)) for entry in entries]
-    first, *others = OWN_SEQUENCE
-    return [
-        pytest.param(first, id=label(first)),
-        *(pytest.param(e, marks=pytest.mark.slow, id=label(e)) for e in others),
-        *slow,
-    ]
+    others = pairwise({**CORE, "mesh": tuple(meshes.SEQUENCE), "loss": KINDS})
+    entries = [*OWN_SEQUENCE, *(entry for entry in others if entry not in OWN_SEQUENCE)]
+    marks = [[pytest.mark.slow] * (index > 0) for index in range(len(entries))]
+    return [pytest.param(entry, marks=mark, id=label(entry)) for entry, mark in zip(entries, marks, strict=True)]
 
 
 @pytest.mark.parametrize("entry", on_a_split_sequence())
