@@ -37,6 +37,8 @@ def tiled(fn: Callable[..., Any], num_tiles: int, *, axis: str = "sequence") -> 
       num_tiles: divides T, or a device's piece of it.
       axis: the mesh axis that may split T.
 
+    For steps of `jzero.shard`, and where no axis splits T: under `jax.set_mesh` alone, jitted functions in `fn` may not trace.
+
     Raises:
       ValueError: a number of tiles that does not divide the length, arrays that disagree, results of another shape.
 

@@ -64,6 +64,10 @@ def test_bad_words_are_explained(words, message):
         ("--seq 1000", "Use --seq 256"),
         ("--mesh data=16", "does not fit 8 devices"),
         ("--data nowhere.txt", "no such file"),
+        ("--mesh sequence=4,data=2 --seq 100", "Use --seq 96 or 104"),
+        ("--mesh sequence=2,data=4 --seq 33", "Use --seq 32 or 34"),
+        ("--mesh tensor=4,data=2", "a size among 1, 2, 3, 6"),
+        ("--mesh pipe=2,sequence=2,data=2", "cannot split the sequence too"),
     ],
 )
 def test_what_does_not_fit_is_explained(words, message):
@@ -112,6 +116,18 @@ def test_contenders_agree_and_meet_their_formulas(found):
             assert run["bytes_at_rest"][role]["measured"] == run["bytes_at_rest"][role]["formula"]
     assert three["bytes_at_rest"]["params"]["measured"] < plain["bytes_at_rest"]["params"]["measured"] / 7
     assert found["shared"]["num_params"] == 2_767_872
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["sequence=2,data=2", "sequence=4,data=2", "pipe=2,data=2,tensor=2"])
+def test_further_axes_train_with_one_devices_loss(mesh):
+    """Plain JAX beside stage 3: an exchange of heads, a ring where 4 does not divide 6 heads, a pipeline of pieces."""
+    words = f"--batch 8 --seq 16 --steps 3 --stage 3 --mesh {mesh}".split()
+    sizes = options.parse(words).mesh.values()
+    result = main.bench(setup.resolve(options.parse(words), jax.devices()[: int(np.prod(list(sizes)))]), quiet(), words=words)
+    plain, three = result["runs"]
+    np.testing.assert_allclose(three["losses"], plain["losses"], rtol=1e-5)
+    assert three["bytes_at_rest"]["params"]["measured"] == three["bytes_at_rest"]["params"]["formula"]
 
 
 def test_table_and_picture_show_every_run(found, tmp_path):

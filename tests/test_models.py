@@ -139,5 +139,7 @@ def test_bad_input_is_explained():
         models.build("gpt2-124")
     with pytest.raises(ValueError, match=r"Did you mean 'num_layers'"):
         models.build("gpt2-tiny", num_layer=2)
+    with pytest.raises(ValueError, match=r"Did you mean 'ring'"):
+        models.build("gpt2-tiny", attention_kind="rign")
     with pytest.raises(ValueError, match=r"at most 256 tokens"):
         models.build("gpt2-tiny").apply({}, jax.ShapeDtypeStruct((1, 300), jnp.int32))

@@ -38,6 +38,12 @@ def params(num_layers=4, **changes):
     return {"embed": {"in": part(8, WIDTH)}, "layers": layers, "head": {"out": part(WIDTH, 4)}, **changes}
 
 
+def test_a_pipeline_cannot_split_the_sequence():
+    train_step = jzero.make_train_step(jzero.Pipeline(embed, layer, head), TX, accumulate=4)
+    with pytest.raises(NotImplementedError, match="cannot split the sequence too"):
+        jzero.shard(train_step, stage=1, mesh=jzero.make_mesh(pipe=2, data=2, sequence=2))
+
+
 def traced(model=None, state=None, *, pipe=4, micro=4, schedule="1f1b", make=jzero.Pipeline, **options):
     """Everything up to the lowered program; nothing is compiled."""
     model = model or make(embed, layer, head)

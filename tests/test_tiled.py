@@ -61,7 +61,7 @@ def test_nor_on_a_split_sequence(mesh):
     assert_close(actual.params, expected.params)
 
 
-@pytest.mark.parametrize("part", ["mlp", "loss"])
+@pytest.mark.parametrize("part", ["mlp", pytest.param("loss", marks=pytest.mark.slow)])
 def test_memory_falls(part):
     """Of a hidden layer and of logits 16 times as wide as the input, an eighth is there at once."""
     length, wide = 4096, 512

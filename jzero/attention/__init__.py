@@ -3,6 +3,7 @@
 from jzero.attention.main import KINDS as KINDS
 from jzero.attention.main import Kind as Kind
 from jzero.attention.main import attention as attention
+from jzero.attention.main import check_kind as check_kind
 from jzero.attention.place import split_sequence as split_sequence
 from jzero.attention.plain import Attention as Attention
 from jzero.attention.plain import attend as attend

@@ -129,10 +129,15 @@ def _ring_backward(kind: ring.Ring, where: Place, is_local: bool, saved: Any, ou
 _ring.defvjp(_ring_forward, _ring_backward)
 
 
-def _check(q: Any, k: Any, v: Any, axis: Any, kind: Any, segment_ids: Any, implementation: Any) -> None:
-    """What is wrong on any mesh."""
+def check_kind(kind: Any) -> None:
+    """Raise a `ValueError` unless it is one of `KINDS`."""
     if kind not in KINDS:
         raise ValueError(explain(WHO, "unknown kind", found=[f"kind={kind!r}"], fix=suggest(kind, KINDS)))
+
+
+def _check(q: Any, k: Any, v: Any, axis: Any, kind: Any, segment_ids: Any, implementation: Any) -> None:
+    """What is wrong on any mesh."""
+    check_kind(kind)
     if implementation not in (None, *get_args(Attention)):
         found = [f"implementation={implementation!r}"]
         raise ValueError(explain(WHO, "unknown implementation", found=found, fix=suggest(implementation, get_args(Attention))))

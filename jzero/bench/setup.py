@@ -62,6 +62,9 @@ def resolve(options: Options, devices: list[jax.Device]) -> Setup:
     on_cpu = devices[0].platform == "cpu"
     mesh = _mesh(options.mesh, devices)
     num_pipe_stages = meshes.axis_size(mesh, "pipe")
+    if num_pipe_stages > 1 and meshes.axis_size(mesh, "sequence") > 1:
+        found, fix = [f"mesh {meshes.describe(mesh)}"], "Leave one out."
+        raise ValueError(explain(WHO, "a pipeline cannot split the sequence too", found=found, fix=fix))
     accumulate = options.accumulate or (2 * num_pipe_stages if num_pipe_stages > 1 else 1)
     multiple = meshes.axis_size(mesh, meshes.batch_axes(mesh)) * accumulate
     batch = options.batch or multiple * (2 if on_cpu else 8)
@@ -103,7 +106,7 @@ def _attention_kind(config: models.ModelConfig, mesh: jax.sharding.Mesh, seq: in
         problem = f"{kind} attention on a mesh with sequence={num} splits a sequence into {pieces} equal pieces"
         legal = " or ".join(str(size) for size in (seq // pieces * pieces, -(-seq // pieces) * pieces) if size)
         raise ValueError(
-            explain(WHO, problem, found=[f"--seq {seq}"], context=f"mesh {meshes.describe(mesh)}", fix=f"Use {legal}.")
+            explain(WHO, problem, found=[f"--seq {seq}"], context=f"mesh {meshes.describe(mesh)}", fix=f"Use --seq {legal}.")
         )
     return kind
 

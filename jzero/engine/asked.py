@@ -76,5 +76,9 @@ def _schedule(fn: Any, mesh: Mesh, schedule: Any) -> Schedule | None:
             raise TypeError(explain(WHO, "a schedule is for a step of a jzero.Pipeline", found=found, fix=fix))
         return None
     num_pipe_stages = meshes.axis_size(mesh, "pipe")
+    if num_pipe_stages > 1 and meshes.axis_size(mesh, "sequence") > 1:
+        problem = "a pipeline cannot split the sequence too: its exchanges would stand where pipe stages do different things"
+        fix = "Use 'tensor' or 'data' beside 'pipe', or 'sequence' without it."
+        raise NotImplementedError(explain(WHO, problem, found=[f"mesh {meshes.describe(mesh)}"], fix=fix))
     found = schedules.get("1f1b" if schedule is None else schedule, num_pipe_stages, fn.accumulate, who=WHO)
     return found if num_pipe_stages > 1 else None

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jzero._errors import explain
 from jzero._tree import num_elements
-from jzero.attention import Attention, Kind
+from jzero.attention import Attention, Kind, check_kind
 from jzero.attention import attention as attention_by
 from jzero.models.config import GPT2Config, LlamaConfig, MixtralConfig, ModelConfig, preset
 from jzero.models.gpt2 import GPT2Layer, GPT2Outer
@@ -75,6 +75,7 @@ def build(
     config = preset(model, **changes) if isinstance(model, str) else model
     if isinstance(config, MixtralConfig):
         check(config)
+    check_kind(attention_kind)
     layer_class, outer_class = _MODULES[type(config)]
     attend = partial(attention_by, kind=attention_kind, implementation=attention)
 

@@ -87,7 +87,7 @@ def _layer_of_pieces(kind, x, p):
 
 
 def loss_of_pieces(kind, params, tokens, mask):
-    """`weighted_loss` of all positions, the last with no weight, so LENGTH is split; masks leave pieces unequal weights."""
+    """`weighted_loss` of all positions, the last without weight, so that LENGTH is split; pieces get unequal weights."""
     x = jzero.split_sequence(params["embed"][tokens] + params["positions"][: tokens.shape[1]])
     x, _ = jax.lax.scan(functools.partial(_layer_of_pieces, kind), x, params["layers"])
     head = params["head"] if "head" in params else params["embed"].T / math.sqrt(WIDTH)
