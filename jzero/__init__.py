@@ -10,6 +10,7 @@ from jzero.checkpoint import restore as restore
 from jzero.checkpoint import save as save
 from jzero.doctor import doctor as doctor
 from jzero.mesh import make_mesh as make_mesh
+from jzero.offload import Offload as Offload
 from jzero.pipeline import schedules as schedules
 from jzero.pipeline.model import Pipeline as Pipeline
 from jzero.plan import plan as plan

@@ -1,0 +1,97 @@
+"""Pinned host memory: leaves at rest are ordinary arrays whose sharding names the memory kind."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jzero._errors import columns, explain
+from jzero._tree import num_bytes
+
+WHO = "jzero.Offload"
+KIND = "pinned_host"
+
+
+class Copies:
+    """Arrays that copies are filling; jax orders every use behind them."""
+
+    def __init__(self, arrays: list[jax.Array], sources: Sequence[jax.Array] = ()):
+        self.arrays, self.sources = arrays, sources
+
+    def result(self) -> list[jax.Array]:
+        if self.sources:  # leaving: the device memory is wanted back
+            jax.block_until_ready(self.arrays)
+            for source in self.sources:
+                source.delete()
+            self.sources = ()
+        return self.arrays
+
+
+class HostTier:
+    """`pinned_host` of the devices that a leaf is sharded over."""
+
+    name = KIND
+
+    def check(self, leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]]) -> None:
+        check_kind(leaves)
+        check_room(leaves)
+
+    def is_here(self, leaf: Any, sharding: jax.sharding.Sharding) -> bool:
+        return isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding.with_memory_kind(KIND), leaf.ndim)
+
+    def place(self, paths: Sequence[str], leaves: Sequence[Any], shardings: Sequence[Any]) -> list[jax.Array]:
+        targets = [sharding.with_memory_kind(KIND) for sharding in shardings]
+        return [
+            jax.block_until_ready(jax.device_put(leaf, target, may_alias=False))
+            for leaf, target in zip(leaves, targets, strict=True)
+        ]
+
+    def begin(self, step: int) -> None:
+        pass
+
+    def fetch(self, leaves: Sequence[jax.Array], shardings: Sequence[Any]) -> Copies:
+        return Copies(jax.device_put(list(leaves), list(shardings)))
+
+    def put_back(self, leaves: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> Copies:
+        targets = [array.sharding.with_memory_kind(KIND) for array in arrays]
+        return Copies(jax.device_put(list(arrays), targets), arrays)
+
+    def end(self) -> None:
+        pass
+
+
+def check_kind(leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]]) -> None:
+    """The devices have the memory kind."""
+    for device in {device for _, leaf in leaves for device in leaf.sharding.device_set}:
+        kinds = [memory.kind for memory in device.addressable_memories()]
+        if KIND not in kinds:
+            found = [f"{device} has {', '.join(kinds) or 'none that it names'}"]
+            fix = "Leave offload= out on this back end, or name a place that it has."
+            raise NotImplementedError(explain(WHO, f"this back end has no memory kind {KIND!r}", found=found, fix=fix))
+
+
+def check_room(leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]]) -> None:
+    """This process's part of the leaves fits into the host memory that is free, computed from shapes."""
+    sizes = {path: _bytes_here(leaf) for path, leaf in leaves}
+    total, free = sum(sizes.values()), free_host_bytes()
+    if free is not None and total > free:
+        largest = sorted(sizes.items(), key=lambda item: -item[1])[:5]
+        rows = [[path, f"{size:,} bytes"] for path, size in largest]
+        problem = f"{len(sizes)} leaves need {total:,} bytes of host memory in this process, and {free:,} are free"
+        fix = f"fraction={free / total:.2f} would fit, or opt_state='nvme:FOLDER', or more processes to share the state."
+        raise ValueError(explain(WHO, problem, found=columns(rows), context=f"largest of {len(sizes)}", fix=fix))
+
+
+def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
+    shard = jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+    return num_bytes(shard) * len(leaf.sharding.addressable_devices)
+
+
+def free_host_bytes() -> int | None:
+    """Host memory that is free, as Linux says; None where it does not."""
+    try:
+        with open("/proc/meminfo") as lines:
+            table = dict(line.split(":", 1) for line in lines)
+        return int(table["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
