@@ -137,7 +137,8 @@ class Tensorstore:
 
         self.arrays, self.value = [], np.random.default_rng(0).random(size // 4, np.float32)
         chunk = PIECE_BYTES // 4
-        zarr3 = {"shape": [size // 4], "data_type": "float32", "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        zarr3 = {"shape": [size // 4], "data_type": "float32", "codecs": [little],
                  "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [chunk]}}}  # fmt: skip
         zarr = {"shape": [size // 4], "dtype": "<f4", "chunks": [chunk], "compressor": None, "fill_value": None}
         for i in range(num_files):

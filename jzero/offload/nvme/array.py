@@ -32,9 +32,9 @@ class DiskShard(NamedTuple):
 class DiskArray(NDArrayOperatorsMixin):
     """A leaf of the state whose numbers lie in files of a swap: one generation of them.
 
-    It has `shape`, `dtype`, `sharding` (of the array it becomes) and `files`, and is a leaf for `jax.tree.map`. `read()` gives the
-    `jax.Array`; numpy and operators (`leaf * 2`) read by themselves; jax's functions want `jax.numpy.array(leaf)`. When a step
-    has written the next generation, this one is gone, as a donated array is.
+    It has `shape`, `dtype`, `sharding` (of the array it becomes) and `files`, and is a leaf for `jax.tree.map`. `read()` gives
+    the `jax.Array`; numpy and operators (`leaf * 2`) read by themselves; jax's functions want `jax.numpy.array(leaf)`. When a
+    step has written the next generation, this one is gone, as a donated array is.
     """
 
     weak_type, committed = False, True

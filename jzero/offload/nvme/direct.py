@@ -1,7 +1,8 @@
 """Reads and writes that go past the system's page cache: aligned memory, aligned offsets, whole or an error.
 
 A swap is read once and written once per step and is larger than memory, so the page cache would only evict what others need.
-`O_DIRECT` asks for that; file systems that refuse it (some network and overlay ones) get ordinary calls, and `is_direct` says so.
+`O_DIRECT` asks for that; file systems that refuse it (some network and overlay ones) get ordinary calls, and `is_direct` says
+so.
 """
 
 import errno

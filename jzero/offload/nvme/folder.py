@@ -136,9 +136,7 @@ def check_room(path: Path, num_bytes: int, payload_bytes: int, leftover_bytes: i
         problem = f"the swap needs {num_bytes:,} bytes and {free:,} are free"
         context = f"{payload_bytes:,} bytes of state in two generations, of which one is always whole"
         share = max(free / num_bytes * 0.95, 0.01)
-        fix = (
-            f"Free {num_bytes - free:,} bytes, name a folder on a larger disk, or offload less: fraction={share:.2f} would fit."
-        )
+        fix = f"Free {num_bytes - free:,} bytes, name a larger disk, or offload less: fraction={share:.2f} would fit."
         raise OSError(errno.ENOSPC, explain(WHO, problem, found=[str(path)], context=context, fix=fix))
 
 
@@ -183,10 +181,9 @@ def warn_if_slow(path: Path, speed: Speed, payload_bytes: int) -> None:
     slowest, seconds = min(speed.write_bytes_per_s, speed.read_bytes_per_s), speed.seconds(payload_bytes)
     if slowest < SLOW_BYTES_PER_S and seconds > SLOW_SECONDS:
         problem = f"this disk is slow: each step will wait at least {seconds:,.1f} s for it"
+        how = "direct I/O" if speed.is_direct else "direct I/O is refused by this file system"
         rates = f"writes {speed.write_bytes_per_s / 1e6:,.0f} MB/s, reads {speed.read_bytes_per_s / 1e6:,.0f} MB/s"
-        context = (
-            f"{payload_bytes:,} bytes are read and written per step; direct I/O: {'yes' if speed.is_direct else 'refused'}"
-        )
+        context = f"{payload_bytes:,} bytes are read and written per step; {how}"
         fix = "Name a folder on an NVMe drive, or offload less with fraction=."
         warnings.warn(explain(WHO, problem, found=[f"{path}: {rates}"], context=context, fix=fix), stacklevel=2)
 

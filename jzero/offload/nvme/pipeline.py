@@ -82,7 +82,7 @@ class Pipeline:
             array.copy_to_host_async()
         jax.block_until_ready(arrays)  # on every device: replicas read the same lane
         for rows, leaf, array in zip(bucket.rows, bucket.leaves, arrays, strict=True):
-            for (file, memory), piece in zip(rows, pieces(array, leaf), strict=True):
+            for (_, memory), piece in zip(rows, pieces(array, leaf), strict=True):
                 fill(memory, piece)
         for array in arrays:
             array.delete()

@@ -17,7 +17,7 @@ import xxhash
 
 from jzero._errors import explain
 from jzero.offload.nvme import direct
-from jzero.offload.nvme.direct import ALIGN, padded
+from jzero.offload.nvme.direct import padded
 
 MAGIC = b"jzero-nvme 1 "
 PART_BYTES = 2**23  # of one read or write: large enough for any drive, small enough for several threads to share a leaf

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import xxhash
 
@@ -93,10 +92,9 @@ class Swap:
         """Make all files at their full size. The folder is removed when nothing refers to the swap any more."""
         self.folder.mkdir(parents=True)
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        layout = {
-            "run": self.run, "pid": os.getpid(),
-            "leaves": [{**file.about, "bytes": file.num_bytes, "file": file.path.name} for files in self.files for file in files],
-        }  # fmt: skip
+        files = [file for own in self.files for file in own]
+        rows = [{**file.about, "bytes": file.num_bytes, "file": file.path.name} for file in files]
+        layout = {"run": self.run, "pid": os.getpid(), "leaves": rows}
         replace(self.folder / LAYOUT, layout)
         for files in self.files:
             for file in files:

@@ -133,9 +133,10 @@ class NVMeTier:
 
     def end(self) -> None:
         """Every write has reached the drive: the new generation counts from here on, whatever happens."""
-        assert self._pipeline is not None and self._swap is not None
+        assert self._pipeline is not None
+        assert self._swap is not None
         swap = self._swap
-        said = f"The state of update {self._after - 1} is intact, in memory and in the files: free space and repeat the step."
+        said = f"The state after {self._after - 1} updates is intact, here and in the files: free space and repeat the step."
         try:
             with _told(swap, f"update {self._after} could not be written", said):
                 self._pipeline.finish()
