@@ -85,7 +85,11 @@ class ShardedStep:
         found: list[Statics] = []
         traced = [args[index] for index in dynamic]
         placed = self._layout(jax.eval_shape(make, traced))
-        state = jax.jit(make, out_shardings=placed.tree, compiler_options=compiler.options(self._options.mesh))(traced)
+        if self._options.moves_state:
+            self._plan(placed)  # what cannot be cut into buckets is refused before anything is made
+            state = offloaded.init(make, traced, placed, self._options)
+        else:
+            state = jax.jit(make, out_shardings=placed.tree, compiler_options=compiler.options(self._options.mesh))(traced)
         self.known = placed, found[0]
         return found[0].merge(state)
 
@@ -111,7 +115,9 @@ class ShardedStep:
         arrays = jax.tree.map(lambda leaf: leaf if leaves.is_strong(leaf) else leaves.strong(leaf), arrays)
         placed = self._layout(arrays)
         self.known = placed, statics
-        copies = [leaves.copy(leaf, sharding) for leaf, sharding in zip(jax.tree.leaves(arrays), placed.shardings, strict=True)]
+        if self._options.moves_state:
+            self._plan(placed)
+        copies = offloaded.placed(jax.tree.leaves(arrays), placed, self._options.tiers)
         return statics.merge(jax.tree.unflatten(placed.treedef, copies))
 
     def shardings(self, state: Any) -> Any:
@@ -128,7 +134,8 @@ class ShardedStep:
     def report(self, state: Any, *batch: Any) -> Report:
         """What the compiled step needs and moves, measured beside the stage's formula. Compiles if it must; runs nothing."""
         program = self._program(state, *batch)
-        return reporting.report(self._measured(program), achieved.lines(program.faults), batch, len(self._programs))
+        found = reporting.report(self._measured(program), achieved.lines(program.faults), batch, len(self._programs))
+        return streaming.report(program, found) if isinstance(program, streaming.StreamedProgram) else found
 
     def _measured(self, program: Program) -> achieved.Subject:
         if program.subject is None:

@@ -1,6 +1,6 @@
 """Where a step's state lives: every leaf's role, spec and sharding, decided once from shapes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -74,6 +74,21 @@ class Layout:
     def tree(self) -> Any:
         """The shardings as a pytree like the state."""
         return jax.tree.unflatten(self.treedef, self.shardings)
+
+    def only(self, chosen: Sequence[int]) -> "Layout":
+        """The layout of a list of some of the leaves."""
+        pick = lambda values: tuple(values[index] for index in chosen)
+        treedef = jax.tree.structure([0] * len(chosen))
+        return Layout(treedef, pick(self.avals), pick(self.placements), self.mesh, pick(self.places))
+
+    def fetched(self, state: Any) -> Any:
+        """Inside a program: its leaves that rest in host memory, copied to the device where something reads them."""
+        leaves = jax.tree.leaves(state)
+        moved = [
+            leaf if place is None else jax.device_put(leaf, sharding)
+            for leaf, sharding, place in zip(leaves, self.on_device, self.places, strict=True)
+        ]
+        return jax.tree.unflatten(self.treedef, moved)
 
     def split(self, index: int) -> tuple[Any, ...]:
         """A leaf's spec with one entry per dim."""

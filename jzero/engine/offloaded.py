@@ -5,7 +5,7 @@ out gradients, whether the step proceeds, and the update's early values (`jzero/
 optimizer's arrays. Update programs run under Auto axes on the bucket's leaves, as the whole update does otherwise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,12 +15,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jzero import _compat
-from jzero.engine import compiler
+from jzero.engine import compiler, leaves
 from jzero.engine.layout import Layout, Options
+from jzero.offload import Tier
 from jzero.offload import buckets as packing
 from jzero.offload import split as splitting
+from jzero.offload.asked import Place
 from jzero.offload.buckets import Bucket
-from jzero.offload.places import bytes_on_one_device
+from jzero.offload.places import bytes_on_one_device, can_go
 from jzero.offload.split import Input, Split
 from jzero.step import TrainState, TrainStep, gradient, update
 from jzero.step import params as parameters
@@ -54,11 +56,12 @@ class Update:
     @cached_property
     def arrays(self) -> list[int]:
         """The numbers of the optimizer's arrays, which the gradient program does not see."""
-        return [index for index in _opt_leaves(self.layout) if self.layout.avals[index].shape]
+        return [index for index in _opt_leaves(self.layout) if can_go(self.layout.placements[index].leaf)]
 
     @cached_property
     def scalars(self) -> list[int]:
-        return [index for index in _opt_leaves(self.layout) if not self.layout.avals[index].shape]
+        """The numbers of the rest of it: counters, rates, small tables that all leaves share."""
+        return [index for index in _opt_leaves(self.layout) if not can_go(self.layout.placements[index].leaf)]
 
     @cached_property
     def kept(self) -> list[int]:
@@ -85,13 +88,54 @@ class Update:
         """The layout of `rest`."""
         layout = self.layout
         avals = self.rest(jax.tree.unflatten(layout.treedef, layout.avals))
-        pick = lambda values: tuple(values[index] for index in self.kept)
-        return Layout(jax.tree.structure(avals), pick(layout.avals), pick(layout.placements), layout.mesh, pick(layout.places))
+        return replace(layout.only(self.kept), treedef=jax.tree.structure(avals))
 
 
 def _opt_leaves(layout: Layout) -> list[int]:
     state = jax.tree.unflatten(layout.treedef, range(len(layout.avals)))
     return jax.tree.leaves(state.opt_state)
+
+
+def placed(given: Sequence[Any], layout: Layout, tiers: Mapping[Place, Tier]) -> list[Any]:
+    """Copies of a state's leaves where they rest."""
+    rows = zip(given, layout.on_device, layout.places, layout.placements, strict=True)
+    return [
+        leaves.copy(leaf, sharding) if place is None else tiers[place].place([placement.leaf.path], [leaf], [sharding])[0]
+        for leaf, sharding, place, placement in rows
+    ]
+
+
+def init(make: Callable[[Any], Any], traced: Any, layout: Layout, options: Options) -> Any:
+    """`make(traced)`, where it rests: first what stays on the device, then the rest a bucket at a time."""
+    made: dict[int, Any] = {}
+    for part in _parts(layout, options):
+        shardings = [layout.on_device[index] for index in part]
+
+        def chosen(traced: Any, part: Sequence[int] = part) -> list[Any]:
+            every = jax.tree.leaves(make(traced))
+            return [every[index] for index in part]
+
+        arrays = jax.jit(chosen, out_shardings=shardings, compiler_options=compiler.options(options.mesh))(traced)
+        made |= zip(part, arrays, strict=True)
+        for index in (index for index in part if layout.places[index] is not None):
+            (made[index],) = placed([arrays[part.index(index)]], layout.only([index]), options.tiers)
+            arrays[part.index(index)].delete()
+    return jax.tree.unflatten(layout.treedef, [made[index] for index in range(len(made))])
+
+
+def _parts(layout: Layout, options: Options) -> list[list[int]]:
+    """The numbers of the leaves that are made together."""
+    assert options.offload is not None
+    size = options.offload.bucket_bytes or packing.default_bytes(options.mesh)
+    parts, room = [[index for index, place in enumerate(layout.places) if place is None]], 0
+    for index in (index for index, place in enumerate(layout.places) if place is not None):
+        needed = bytes_on_one_device(layout.placements[index].leaf, layout.on_device[index])
+        if needed > room:
+            parts.append([])
+            room = size
+        parts[-1].append(index)
+        room -= needed
+    return parts
 
 
 def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
@@ -100,7 +144,7 @@ def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
     state = jax.tree.unflatten(layout.treedef, layout.avals)
     mask = parameters.trainable_mask(state.params, step.trainable)
     bare = Update(layout, mask, None, [], 0, step.policy.accumulate)  # pyrefly: ignore[bad-argument-type]
-    found = splitting.split(*_traced(step, bare))
+    found = splitting.split(*_traced(step, bare), num_scalars=len(bare.scalars))
     size = options.offload.bucket_bytes or packing.default_bytes(options.mesh)
     return replace(bare, split=found, buckets=packing.pack(_groups(bare, found), size), bucket_bytes=size)
 
@@ -117,8 +161,8 @@ def _traced(step: TrainStep, update_: Update) -> tuple[Any, list[Input], int, li
     def run(params: list[Any], grads: list[Any], arrays: list[Any], shared: list[Any]) -> list[Any]:
         *scalars, number, rng, loss = shared
         full = dict(zip([*trained, *update_.arrays, *update_.scalars], [*params, *arrays, *scalars], strict=True))
-        leaves = [full.get(index, layout.avals[index]) for index in range(len(layout.avals))]
-        before = jax.tree.unflatten(layout.treedef, leaves)._replace(step=number, rng=rng)
+        every = [full.get(index, layout.avals[index]) for index in range(len(layout.avals))]
+        before = jax.tree.unflatten(layout.treedef, every)._replace(step=number, rng=rng)
         new_params, new_opt = update.optimize(before, grads, update_.mask, step.optimizer, step.policy, loss)
         numbers = dict(zip(_opt_leaves(layout), jax.tree.leaves(new_opt), strict=True))
         chosen = parameters.select(jax.tree.leaves(new_params), update_.mask)
@@ -222,14 +266,14 @@ class BucketProgram:
         self.lowered = self._lower(layout, options)
         self.compiled = self.lowered.compile()
 
-    def _run(self, leaves: list[Any], grads: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
+    def _run(self, members: list[Any], grads: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
         num_params, num_arrays, _ = self.plan.num_outputs
         params: list[Any] = [None] * num_params
         given: list[Any] = [None] * num_params
         arrays: list[Any] = [None] * num_arrays
-        for at, leaf, grad in zip(self.param_at, leaves, grads, strict=False):
+        for at, leaf, grad in zip(self.param_at, members, grads, strict=False):
             params[at], given[at] = leaf, grad
-        for at, leaf in zip(self.array_at, leaves[len(self.param_at) :], strict=True):
+        for at, leaf in zip(self.array_at, members[len(self.param_at) :], strict=True):
             arrays[at] = leaf
         every = [*self.plan.inputs(params, given, arrays, shared), *early]
         return _compat.evaluate(self.jaxpr, [value for value, keep in zip(every, self.used, strict=True) if keep])

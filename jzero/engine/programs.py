@@ -99,7 +99,7 @@ def evaluation(fn: TrainStep, options: Options, placed: Layout, statics: Statics
         run = pipelined.build_evaluation(fn, placed, options)
     else:
         stepped = opaque.build(lambda state, *batch: (state, step.evaluate(state, *batch)), placed, options, [])
-        run = lambda state, *batch: stepped(state, *batch)[1]
+        run = lambda state, *batch: stepped(placed.fetched(state), *batch)[1]
     in_shardings = (placed.tree, *batch_shardings(batch, options.mesh, step.accumulate))
     return jax.jit(run, in_shardings=in_shardings, compiler_options=compiler.options(options.mesh))
 

@@ -1,15 +1,19 @@
 """Compiled steps whose state rests off the device: the gradient program and the buckets' programs, run one after the other."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 
-from jzero.engine import offloaded, programs
+from jzero import audit
+from jzero._tree import num_bytes
+from jzero.engine import offloaded, programs, reporting
 from jzero.engine.layout import Layout, Options
 from jzero.engine.offloaded import BucketProgram, Carried, Update
 from jzero.engine.programs import Program
 from jzero.engine.statics import Statics
 from jzero.offload.stream import Leaves, Stream
+from jzero.report import Report
 from jzero.step import TrainStep
 
 
@@ -54,3 +58,56 @@ class StreamedProgram(Program):
             return new
 
         return update
+
+
+def report(program: StreamedProgram, found: Report) -> Report:
+    """The gradient program's report, completed by what the update programs need and what rests elsewhere."""
+    layout, plan = program.layout, program.plan
+    rows = reporting.leaf_rows(layout)
+    at_rest: dict[str, int] = {}
+    for row in rows:
+        at_rest[row["memory"]] = at_rest.get(row["memory"], 0) + row["bytes_per_device"]
+    resting = {role: dict(figure) for role, figure in found.bytes_at_rest.items()}
+    beside = {index for index in plan.arrays if layout.places[index] is None}
+    for bucket in program.buckets:
+        given = bucket.compiled.input_shardings[0][0]
+        for index, sharding in zip(bucket.members, given, strict=True):
+            if index in beside:  # optimizer state that rests on the device; the gradient program does not take it
+                figure = resting["opt_state"]
+                figure["measured"] += audit.shard_bytes(layout.avals[index], sharding)
+                spec = layout.placements[index].spec
+                figure["formula"] += num_bytes(layout.avals[index]) // reporting.num_shards(spec, program.options)
+    buckets = [_figures(bucket) for bucket in program.buckets]
+    grads = sum(row["grad_bytes"] for row in buckets)
+    pairs = [sum(row["moved_bytes"] for row in buckets[at : at + 2]) for at in range(len(buckets))]
+    first = found.temp_bytes + grads + (pairs[0] if pairs else 0)
+    updates = [grads + pair + row["temp_bytes"] for pair, row in zip(pairs, buckets, strict=True)]
+    temp = max(first, *updates)
+    on_device = sum(figure["measured"] for figure in resting.values())
+    offload = {
+        "at_rest": at_rest,
+        "bucket_bytes": plan.bucket_bytes,
+        "buckets": buckets,
+        "moved_bytes": sum(row["moved_bytes"] for row in buckets),
+        "gradient_temp_bytes": found.temp_bytes,
+        "grad_bytes": grads,
+        "settings": str(program.options.offload),
+    }
+    return replace(
+        found, bytes_at_rest=resting, temp_bytes=temp, peak_bytes=on_device + temp, leaves=rows, offload=offload,
+        num_compiled=found.num_compiled + len(program.buckets),
+    )  # fmt: skip
+
+
+def _figures(one: BucketProgram) -> dict[str, int]:
+    """One update program: bytes per device."""
+    memory, layout = one.compiled.memory_analysis(), one.plan.layout
+    beyond = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    shape = lambda index: jax.ShapeDtypeStruct(layout.avals[index].shape, one.plan.accumulate_dtype)
+    grads = [audit.shard_bytes(shape(index), layout.on_device[index]) for index in one.bucket.params]
+    return {
+        "leaves": len(one.members),
+        "moved_bytes": one.bucket.moved_bytes,
+        "grad_bytes": sum(grads),
+        "temp_bytes": int(memory.temp_size_in_bytes) + max(int(beyond), 0),
+    }

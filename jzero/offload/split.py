@@ -50,16 +50,17 @@ class _Value(NamedTuple):
     is_early: bool = False
 
 
-def split(jaxpr: Any, inputs: Sequence[Input], num_params: int, names: Sequence[str]) -> Split:
+def split(jaxpr: Any, inputs: Sequence[Input], num_params: int, names: Sequence[str], *, num_scalars: int = 0) -> Split:
     """The parts of an update.
 
     Args:
       inputs: one for each input of `jaxpr`.
       num_params: nodes below it are parameters.
       names: of all nodes, for the error.
+      num_scalars: the last outputs, which the first program computes too.
 
     Raises:
-      ValueError: two parameters meet in something that can be computed only where their moments are.
+      ValueError: two parameters meet in something that can be computed only where their moments are, or a scalar needs it.
     """
     jaxpr, consts = _compat.without_constants(_compat.inlined(jaxpr))
     inputs = [*[Input(None, False)] * len(consts), *inputs]
@@ -70,14 +71,22 @@ def split(jaxpr: Any, inputs: Sequence[Input], num_params: int, names: Sequence[
     meetings = _Meetings(len(names))
     for eqn in jaxpr.eqns:
         operands = [_Value() if isinstance(atom, _compat.Literal) else values[atom] for atom in eqn.invars]
-        at_hand = all(one.is_at_hand for one in operands)
-        if at_hand and any(one.nodes or one.is_early for one in operands) and all(var.aval.size == 1 for var in eqn.outvars):
+        at_hand = [not away for away in _nodes(eqn, [int(not one.is_at_hand) for one in operands])]
+        if (
+            all(at_hand)
+            and any(one.nodes or one.is_early for one in operands)
+            and all(var.aval.size == 1 for var in eqn.outvars)
+        ):
             values |= dict.fromkeys(eqn.outvars, _Value(is_early=True))
             continue
         nodes = _nodes(eqn, [one.nodes for one in operands])
         for together in nodes:
             meetings.note(together, eqn)
-        values |= {var: _Value(some, at_hand) for var, some in zip(eqn.outvars, nodes, strict=True)}
+        values |= {var: _Value(*item) for var, *item in zip(eqn.outvars, nodes, at_hand, strict=True)}
+    scalars = jaxpr.outvars[len(jaxpr.outvars) - num_scalars :]
+    late = [var for var in scalars if not isinstance(var, _compat.Literal) and not values[var].is_at_hand]
+    for var in late:
+        _refuse([f"a scalar of its state needs the moments: {_compat.where(_maker(jaxpr, var))}"])
     groups = meetings.groups()
     _check(groups, num_params, names, meetings)
     return Split(jaxpr, consts, _frontier(jaxpr, values), groups)
@@ -142,14 +151,23 @@ class _Meetings:
         return list(found.values())
 
 
+def _maker(jaxpr: Any, var: Any) -> Any:
+    return next(eqn for eqn in jaxpr.eqns if var in eqn.outvars)
+
+
 def _check(groups: list[list[int]], num_params: int, names: Sequence[str], meetings: _Meetings) -> None:
-    wide = [group for group in groups if sum(node < num_params for node in group) > 1]
-    if not wide:
+    """No group has two parameters."""
+    wide = next((group for group in groups if sum(node < num_params for node in group) > 1), None)
+    if wide is None:
         return
-    params = [node for node in wide[0] if node < num_params]
-    bits = lambda mask: sum(mask >> node & 1 for node in params)
-    first = next(eqn for mask, eqn in meetings.seen.items() if bits(mask) > 1)
-    found = [f"{len(params)} parameters, {', '.join(names[node] for node in params[:3])}, ... meet in {_compat.where(first)}"]
-    context = "the value depends on optimizer state that is off the device, so no bucket has all of it"
+    num_shared = lambda nodes: sum(nodes >> node & 1 for node in wide)
+    most = max(meetings.seen, key=num_shared)
+    params = [names[node] for node in wide if node < num_params]
+    some = ", ".join(params[:3]) + (", ..." if len(params) > 3 else "")
+    _refuse([f"{len(params)} parameters ({some}) meet: {_compat.where(meetings.seen[most])}"])
+
+
+def _refuse(found: list[str]) -> None:
+    context = "each bucket of leaves is updated alone, since all of them never are on the device at once"
     fix = "Move what looks at all leaves before the moments (clip gradients, not updates), or keep opt_state on the device."
     raise ValueError(explain(WHO, "this optimizer's update is not leaf by leaf", found=found, context=context, fix=fix))
