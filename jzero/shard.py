@@ -11,7 +11,7 @@ import jax
 from jzero import mesh as meshes
 from jzero._errors import columns, explain
 from jzero._tree import named_leaves, short
-from jzero.engine import achieved, asked, compiler, leaves, programs, reporting
+from jzero.engine import achieved, asked, compiler, leaves, offloaded, programs, reporting, streaming
 from jzero.engine.asked import WHO
 from jzero.engine.layout import Layout, Options, layout
 from jzero.engine.programs import Program
@@ -30,6 +30,7 @@ class ShardedStep:
         self._options = options
         self._programs: dict[Any, Program] = {}
         self._evaluations: dict[Any, Callable[..., Any]] = {}
+        self._plans: dict[Layout, offloaded.Update] = {}
         self._recent: dict[Any, Program] = {}  # by batch alone: the fast way in
         self.known: tuple[Layout, Statics] | None = None  # the last state seen: what a checkpoint is restored as
         STEPS.add(self)
@@ -84,7 +85,11 @@ class ShardedStep:
         found: list[Statics] = []
         traced = [args[index] for index in dynamic]
         placed = self._layout(jax.eval_shape(make, traced))
-        state = jax.jit(make, out_shardings=placed.tree, compiler_options=compiler.options(self._options.mesh))(traced)
+        if self._options.moves_state:
+            self._plan(placed)  # what cannot be cut into buckets is refused before anything is made
+            state = offloaded.init(make, traced, placed, self._options)
+        else:
+            state = jax.jit(make, out_shardings=placed.tree, compiler_options=compiler.options(self._options.mesh))(traced)
         self.known = placed, found[0]
         return found[0].merge(state)
 
@@ -110,7 +115,9 @@ class ShardedStep:
         arrays = jax.tree.map(lambda leaf: leaf if leaves.is_strong(leaf) else leaves.strong(leaf), arrays)
         placed = self._layout(arrays)
         self.known = placed, statics
-        copies = [leaves.copy(leaf, sharding) for leaf, sharding in zip(jax.tree.leaves(arrays), placed.shardings, strict=True)]
+        if self._options.moves_state:
+            self._plan(placed)
+        copies = offloaded.placed(jax.tree.leaves(arrays), placed, self._options.tiers)
         return statics.merge(jax.tree.unflatten(placed.treedef, copies))
 
     def shardings(self, state: Any) -> Any:
@@ -127,12 +134,13 @@ class ShardedStep:
     def report(self, state: Any, *batch: Any) -> Report:
         """What the compiled step needs and moves, measured beside the stage's formula. Compiles if it must; runs nothing."""
         program = self._program(state, *batch)
-        return reporting.report(self._measured(program), achieved.lines(program.faults), batch, len(self._programs))
+        found = reporting.report(self._measured(program), achieved.lines(program.faults), batch, len(self._programs))
+        return streaming.report(program, found) if isinstance(program, streaming.StreamedProgram) else found
 
     def _measured(self, program: Program) -> achieved.Subject:
         if program.subject is None:
             fn = programs.with_statics(self.fn, self._options, program.statics) if isinstance(self.fn, TrainStep) else self.fn
-            program.subject = reporting.subject(fn, program.layout, self._options, program.trace, program.compiled)
+            program.subject = reporting.subject(fn, program.own_layout, self._options, program.trace, program.compiled)
         return program.subject
 
     def _check(self, program: Program) -> list[achieved.Fault]:
@@ -157,14 +165,24 @@ class ShardedStep:
         placed = self._programs[key].layout if key in self._programs else self._layout(arrays)
         _check_placed(arrays, placed, self._options)
         if key not in self._programs:
-            lowered, trace = programs.lower(self.fn, self._options, placed, statics, batch)
-            program = Program(placed, statics, lowered, trace)
+            program = self._new(placed, statics, batch)
             program.faults = self._check(program)
             self._programs[key] = program
         program = self._programs[key]
         self.known = placed, statics
         self._recent[leaves.signature(batch)] = program
         return program
+
+    def _new(self, placed: Layout, statics: Statics, batch: tuple[Any, ...]) -> Program:
+        if self._options.moves_state:
+            return streaming.StreamedProgram(self.fn, self._plan(placed), self._options, placed, statics, batch)
+        return Program(placed, statics, *programs.lower(self.fn, self._options, placed, statics, batch))
+
+    def _plan(self, placed: Layout) -> offloaded.Update:
+        """How the update is cut, for one layout."""
+        if placed not in self._plans:
+            self._plans[placed] = offloaded.prepare(self.fn, placed, self._options)
+        return self._plans[placed]
 
     def unsharded(self, statics: Statics) -> Callable[..., Any]:
         """The same step as one device runs it, on a state without its static leaves."""

@@ -10,6 +10,8 @@ from jzero import remat as remats
 from jzero import stages
 from jzero._errors import explain, suggest
 from jzero.engine.layout import Options
+from jzero.offload import Offload, Tier, tier
+from jzero.offload.asked import Place
 from jzero.pipeline import schedules
 from jzero.pipeline.model import Pipeline
 from jzero.pipeline.schedule import Schedule
@@ -26,7 +28,7 @@ def options(
     """The keyword arguments of `jzero.shard` as one value, or the error that says which is wrong."""
     row = stages.get(stage)
     _check_step(fn)
-    _check_unbuilt(offload)
+    _check_offload(fn, offload)
     policy = remats.get(remat)
     if policy is not None and not isinstance(fn, TrainStep):
         found = [f"remat={remat!r} with a step that computes its own gradient"]
@@ -48,7 +50,10 @@ def options(
     mesh = meshes.make_mesh() if mesh is None else mesh
     meshes.check_mesh(mesh)
     table = _schedule(fn, mesh, schedule)
-    return Options(row, mesh, params, tuple(rules), policy, min_shard_elements, on_indivisible, donate, strict, table)
+    return Options(
+        row, mesh, params, tuple(rules), policy, min_shard_elements, on_indivisible, donate, strict, table, offload,
+        _tiers(offload),
+    )  # fmt: skip
 
 
 def _check_step(fn: Any) -> None:
@@ -57,10 +62,21 @@ def _check_step(fn: Any) -> None:
         raise TypeError(explain(WHO, "a step is callable", found=[f"got {type(fn).__name__}"], fix=fix))
 
 
-def _check_unbuilt(offload: Any) -> None:
-    if offload is not None:
-        fix = "Leave it out: nothing would happen."
-        raise NotImplementedError(explain(WHO, "this version has no offload", found=[f"offload={offload!r}"], fix=fix))
+def _check_offload(fn: Any, offload: Any) -> None:
+    if offload is None:
+        return
+    if not isinstance(offload, Offload):
+        found, fix = [f"offload={offload!r}"], 'Write offload=jzero.Offload(opt_state="host").'
+        raise TypeError(explain(WHO, "offload= is a jzero.Offload", found=found, fix=fix))
+    if not isinstance(fn, TrainStep):
+        found = [f"{offload} with a step that makes its own update"]
+        fix = "Let jzero make the update, so that it can be cut: jzero.make_train_step(loss_fn, optimizer)."
+        raise NotImplementedError(explain(WHO, "only a TrainStep's state can be offloaded", found=found, fix=fix))
+
+
+def _tiers(offload: Offload | None) -> dict[Place, Tier]:
+    places = [offload.place_of(role) for role in ("opt_state", "params")] if offload is not None else []
+    return {place: tier(place) for place in places if place is not None}
 
 
 def _schedule(fn: Any, mesh: Mesh, schedule: Any) -> Schedule | None:

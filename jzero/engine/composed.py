@@ -116,7 +116,7 @@ class Gradients:
         self.batch_axes = batch_axes(self.mesh)
         self.manual_axes: tuple[str, ...] = self.batch_axes
         self.num_shards = axis_size(self.mesh, self.batch_axes)
-        compute = precisions.cast(state.params, step.policy.compute)
+        compute = precisions.cast(layout.fetched(state).params, step.policy.compute)
         self.leaves, self.treedef = jax.tree.flatten(compute)
         self.mask = parameters.trainable_mask(state.params, step.trainable)
         self.key = step.step_key(state)

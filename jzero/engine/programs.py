@@ -24,6 +24,7 @@ class Program:
 
     def __init__(self, layout: Layout, statics: Statics, lowered: Any, trace: Trace):
         self.layout, self.statics, self.lowered, self.trace = layout, statics, lowered, trace
+        self.own_layout = layout  # of what `compiled` takes
         self.compiled = lowered.compile()
         self.subject: achieved.Subject | None = None  # what the compiler made of it, measured once
         self.faults: list[achieved.Fault] = []  # promises of the stage that it breaks
@@ -47,12 +48,16 @@ class Program:
 
     def _run(self, state: Any, *batch: Any) -> tuple[Any, Any]:
         if not self.statics:
-            return self.compiled(state, *batch)
+            return self.call(state, *batch)
         arrays, statics = split_statics(state)
         if statics != self.statics:
             raise TypeError("static leaves changed")
-        arrays, aux = self.compiled(arrays, *batch)
+        arrays, aux = self.call(arrays, *batch)
         return statics.merge(arrays), aux
+
+    def call(self, state: Any, *batch: Any) -> tuple[Any, Any]:
+        """The step on arrays alone."""
+        return self.compiled(state, *batch)
 
 
 def lower(
@@ -94,7 +99,7 @@ def evaluation(fn: TrainStep, options: Options, placed: Layout, statics: Statics
         run = pipelined.build_evaluation(fn, placed, options)
     else:
         stepped = opaque.build(lambda state, *batch: (state, step.evaluate(state, *batch)), placed, options, [])
-        run = lambda state, *batch: stepped(state, *batch)[1]
+        run = lambda state, *batch: stepped(placed.fetched(state), *batch)[1]
     in_shardings = (placed.tree, *batch_shardings(batch, options.mesh, step.accumulate))
     return jax.jit(run, in_shardings=in_shardings, compiler_options=compiler.options(options.mesh))
 

@@ -41,23 +41,25 @@ class HostTier:
 
     def place(self, paths: Sequence[str], leaves: Sequence[Any], shardings: Sequence[Any]) -> list[jax.Array]:
         targets = [sharding.with_memory_kind(KIND) for sharding in shardings]
-        return [
-            jax.block_until_ready(jax.device_put(leaf, target, may_alias=False))
-            for leaf, target in zip(leaves, targets, strict=True)
-        ]
+        return [jax.block_until_ready(copy) for copy in _copied(leaves, targets)]
 
-    def begin(self, step: int) -> None:
+    def begin(self) -> None:
         pass
 
     def fetch(self, leaves: Sequence[jax.Array], shardings: Sequence[Any]) -> Copies:
-        return Copies(jax.device_put(list(leaves), list(shardings)))
+        return Copies(_copied(leaves, shardings))
 
     def put_back(self, leaves: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> Copies:
         targets = [array.sharding.with_memory_kind(KIND) for array in arrays]
-        return Copies(jax.device_put(list(arrays), targets), arrays)
+        return Copies(_copied(arrays, targets), arrays)
 
     def end(self) -> None:
         pass
+
+
+def _copied(leaves: Sequence[Any], shardings: Sequence[Any]) -> list[jax.Array]:
+    """Copies that share no buffer: the step donates them, and CPU devices would hand out the source's own."""
+    return [jax.device_put(leaf, sharding, may_alias=False) for leaf, sharding in zip(leaves, shardings, strict=True)]
 
 
 def check_kind(leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]]) -> None:

@@ -4,7 +4,7 @@ A step with offload is several programs. The first computes the gradient and wha
 together; it never sees the leaves that rest elsewhere (`params` in host memory apart, which it fetches at use). Then the driver
 (`jzero/offload/stream.py`) walks the buckets, a bucket being some leaves of the state that are updated together:
 
-    tier.begin(step_number)                       before the first fetch; no `end` follows where the step was skipped
+    tier.begin()                                  before the first fetch; no `end` follows where the step was skipped
     arriving = tier.fetch(leaves, shardings)      returns at once; called for bucket i + 1 while bucket i is computed
     arrays = arriving.result()                    arrays on the device, or on their way there
     leaving = tier.put_back(leaves, arrays)       returns at once; `arrays` are the tier's now, to delete when they are copied
@@ -59,7 +59,7 @@ class Tier(Protocol):
         """Copies of arrays (from anywhere) at rest here; waits. For `init` (a bucket at a time), `place` and restore."""
         ...
 
-    def begin(self, step: int) -> None: ...
+    def begin(self) -> None: ...
 
     def fetch(self, leaves: Sequence[Any], shardings: Sequence[Any]) -> Moving: ...
 

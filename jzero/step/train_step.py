@@ -146,10 +146,9 @@ class TrainStep:
         program: gradient.LossProgram, mask: Sequence[bool],
     ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
         """The update, from gradients that are sums over everything, unscaled."""
-        averaged = [value / weight for value in sums.aux.averaged]
-        aux = aux_values.unsort(sums.aux._replace(averaged=averaged), program.aux)
+        found = self.evaluation(sums, weight, program)
         return finish(
-            state, grads, leaf_squares=leaf_squares, loss=sums.loss / weight, weight=weight, aux=aux,
+            state, grads, leaf_squares=leaf_squares, loss=found["loss"], weight=weight, aux=found["aux"],
             model_state=sums.model_state, mask=mask, optimizer=self.optimizer, policy=self.policy, clip_norm=self.clip_norm,
             skip_nonfinite=self.skip_nonfinite,
         )  # fmt: skip

@@ -1,0 +1,113 @@
+"""Compiled steps whose state rests off the device: the gradient program and the buckets' programs, run one after the other."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from jzero import audit
+from jzero._tree import num_bytes
+from jzero.engine import offloaded, programs, reporting
+from jzero.engine.layout import Layout, Options
+from jzero.engine.offloaded import BucketProgram, Carried, Update
+from jzero.engine.programs import Program
+from jzero.engine.statics import Statics
+from jzero.offload.stream import Leaves, Stream
+from jzero.report import Report
+from jzero.step import TrainStep
+
+
+class StreamedProgram(Program):
+    """One step in several programs. `lowered` and `compiled` are the gradient program's."""
+
+    def __init__(
+        self, fn: TrainStep, plan: Update, options: Options, placed: Layout, statics: Statics, batch: tuple[Any, ...]
+    ):  # fmt: skip
+        step = offloaded.gradient_step(fn, plan)
+        lowered, trace = programs.lower(step, options, plan.rest_layout, statics, batch)
+        super().__init__(placed, statics, lowered, trace)
+        self.own_layout, self.plan, self.options = plan.rest_layout, plan, options
+        self.skips = fn.skip_nonfinite
+        self.buckets = [BucketProgram(plan, bucket, options) for bucket in plan.buckets]
+
+    def call(self, state: Any, *batch: Any) -> tuple[Any, Any]:
+        """The gradient program is only dispatched when the first two buckets start on their way."""
+        plan, old = self.plan, jax.tree.leaves(state)
+        rest, (metrics, carried) = self.compiled(plan.rest(state), *batch)
+        new = dict(zip(plan.kept, jax.tree.leaves(rest), strict=True)) | {index: old[index] for index in plan.arrays}
+        stream = Stream([self._leaves(one, new) for one in self.buckets], self.options.tiers, gives_up=self.options.donate)
+        stream.start()
+        if self.skips and not bool(carried.proceed):
+            stream.cancel()
+        else:
+            for program, leaves in zip(self.buckets, stream.run(self._update(carried)), strict=True):
+                new |= zip(program.members, leaves, strict=True)
+        return jax.tree.unflatten(self.layout.treedef, [new[index] for index in range(len(old))]), metrics
+
+    def _leaves(self, program: BucketProgram, state: dict[int, Any]) -> Leaves:
+        members = program.members
+        return Leaves([state[i] for i in members], program.shardings, [self.layout.places[i] for i in members])
+
+    def _update(self, carried: Carried) -> Any:
+        def update(number: int, leaves: list[jax.Array]) -> list[jax.Array]:
+            program = self.buckets[number]
+            grads = [carried.grads[at] for at in program.param_at]
+            new = program.compiled(leaves, grads, carried.shared, carried.early)
+            for grad in grads:
+                grad.delete()
+            return new
+
+        return update
+
+
+def report(program: StreamedProgram, found: Report) -> Report:
+    """The gradient program's report, completed by what the update programs need and what rests elsewhere."""
+    layout, plan = program.layout, program.plan
+    rows = reporting.leaf_rows(layout)
+    at_rest: dict[str, int] = {}
+    for row in rows:
+        at_rest[row["memory"]] = at_rest.get(row["memory"], 0) + row["bytes_per_device"]
+    resting = {role: dict(figure) for role, figure in found.bytes_at_rest.items()}
+    beside = {index for index in plan.arrays if layout.places[index] is None}
+    for bucket in program.buckets:
+        given = bucket.compiled.input_shardings[0][0]
+        for index, sharding in zip(bucket.members, given, strict=True):
+            if index in beside:  # optimizer state that rests on the device; the gradient program does not take it
+                figure = resting["opt_state"]
+                figure["measured"] += audit.shard_bytes(layout.avals[index], sharding)
+                spec = layout.placements[index].spec
+                figure["formula"] += num_bytes(layout.avals[index]) // reporting.num_shards(spec, program.options)
+    buckets = [_figures(bucket) for bucket in program.buckets]
+    grads = sum(row["grad_bytes"] for row in buckets)
+    pairs = [sum(row["moved_bytes"] for row in buckets[at : at + 2]) for at in range(len(buckets))]
+    first = found.temp_bytes + grads + (pairs[0] if pairs else 0)
+    updates = [grads + pair + row["temp_bytes"] for pair, row in zip(pairs, buckets, strict=True)]
+    temp = max(first, *updates)
+    on_device = sum(figure["measured"] for figure in resting.values())
+    offload = {
+        "at_rest": at_rest,
+        "bucket_bytes": plan.bucket_bytes,
+        "buckets": buckets,
+        "moved_bytes": sum(row["moved_bytes"] for row in buckets),
+        "gradient_temp_bytes": found.temp_bytes,
+        "grad_bytes": grads,
+        "settings": str(program.options.offload),
+    }
+    return replace(
+        found, bytes_at_rest=resting, temp_bytes=temp, peak_bytes=on_device + temp, leaves=rows, offload=offload,
+        num_compiled=found.num_compiled + len(program.buckets),
+    )  # fmt: skip
+
+
+def _figures(one: BucketProgram) -> dict[str, int]:
+    """One update program: bytes per device."""
+    memory, layout = one.compiled.memory_analysis(), one.plan.layout
+    beyond = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    shape = lambda index: jax.ShapeDtypeStruct(layout.avals[index].shape, one.plan.accumulate_dtype)
+    grads = [audit.shard_bytes(shape(index), layout.on_device[index]) for index in one.bucket.params]
+    return {
+        "leaves": len(one.members),
+        "moved_bytes": one.bucket.moved_bytes,
+        "grad_bytes": sum(grads),
+        "temp_bytes": int(memory.temp_size_in_bytes) + max(int(beyond), 0),
+    }
