@@ -87,6 +87,7 @@ class ShardedStep:
         placed = self._layout(jax.eval_shape(make, traced))
         if self._options.moves_state:
             self._plan(placed)  # what cannot be cut into buckets is refused before anything is made
+            offloaded.check(placed, self._options.tiers)
             state = offloaded.init(make, traced, placed, self._options)
         else:
             state = jax.jit(make, out_shardings=placed.tree, compiler_options=compiler.options(self._options.mesh))(traced)
@@ -117,6 +118,7 @@ class ShardedStep:
         self.known = placed, statics
         if self._options.moves_state:
             self._plan(placed)
+            offloaded.check(placed, self._options.tiers)
         copies = offloaded.placed(jax.tree.leaves(arrays), placed, self._options.tiers)
         return statics.merge(jax.tree.unflatten(placed.treedef, copies))
 

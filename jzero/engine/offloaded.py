@@ -96,6 +96,19 @@ def _opt_leaves(layout: Layout) -> list[int]:
     return jax.tree.leaves(state.opt_state)
 
 
+def check(layout: Layout, tiers: Mapping[Place, Tier]) -> None:
+    """Every tier can hold what is to rest there; nothing has been allocated yet."""
+    rows = list(zip(layout.placements, layout.avals, layout.on_device, layout.places, strict=True))
+    for where, tier in tiers.items():
+        tier.check(
+            [
+                (placement.leaf.path, jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding))
+                for placement, aval, sharding, place in rows
+                if place == where
+            ]
+        )
+
+
 def placed(given: Sequence[Any], layout: Layout, tiers: Mapping[Place, Tier]) -> list[Any]:
     """Copies of a state's leaves where they rest."""
     rows = zip(given, layout.on_device, layout.places, layout.placements, strict=True)
@@ -250,9 +263,12 @@ def _first(plan: Update, params: Sequence[Any], grads: Sequence[Any], shared: Se
 
 
 class BucketProgram:
-    """The compiled update of one bucket: `(leaves, grads, shared, early) -> leaves`, the leaves donated."""
+    """The compiled update of one bucket: `(leaves, grads, shared, early) -> leaves`, the leaves donated.
 
-    def __init__(self, plan: Update, bucket: Bucket, options: Options):
+    With `keeps_params` old parameters stay valid; new ones take the memory of the gradients where these have their dtype.
+    """
+
+    def __init__(self, plan: Update, bucket: Bucket, options: Options, *, keeps_params: bool = False):
         self.plan, self.bucket = plan, bucket
         self.members = (*bucket.params, *bucket.opt_state)
         trained, arrays = ({index: at for at, index in enumerate(part)} for part in (plan.trained, plan.arrays))
@@ -263,24 +279,32 @@ class BucketProgram:
         self.jaxpr, self.used = plan.split.part(outputs)
         layout = plan.layout
         self.shardings = [layout.on_device[index] for index in self.members]
-        self.lowered = self._lower(layout, options)
+        self.lowered = self._lower(layout, options, keeps_params)
         self.compiled = self.lowered.compile()
 
-    def _run(self, members: list[Any], grads: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
+    def __call__(self, members: list[Any], grads: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
+        num_params = len(self.bucket.params)
+        return self.compiled(members[:num_params], members[num_params:], grads, shared, early)
+
+    def _run(
+        self, own: list[Any], opt_state: list[Any], grads: list[Any], shared: list[Any], early: list[Any]
+    ) -> list[Any]:  # fmt: skip
         num_params, num_arrays, _ = self.plan.num_outputs
         params: list[Any] = [None] * num_params
         given: list[Any] = [None] * num_params
         arrays: list[Any] = [None] * num_arrays
-        for at, leaf, grad in zip(self.param_at, members, grads, strict=False):
+        for at, leaf, grad in zip(self.param_at, own, grads, strict=True):
             params[at], given[at] = leaf, grad
-        for at, leaf in zip(self.array_at, members[len(self.param_at) :], strict=True):
+        for at, leaf in zip(self.array_at, opt_state, strict=True):
             arrays[at] = leaf
         every = [*self.plan.inputs(params, given, arrays, shared), *early]
         return _compat.evaluate(self.jaxpr, [value for value, keep in zip(every, self.used, strict=True) if keep])
 
-    def _lower(self, layout: Layout, options: Options) -> Any:
-        avals = [layout.avals[index] for index in self.members]
-        params = self.bucket.params
+    def _lower(self, layout: Layout, options: Options, keeps_params: bool) -> Any:
+        params, opt_state = self.bucket.params, self.bucket.opt_state
+        own, arrays = [[layout.avals[index] for index in part] for part in (params, opt_state)]
+        placed = [[layout.on_device[index] for index in part] for part in (params, opt_state)]
+        alike = all(leaf.dtype == self.plan.accumulate_dtype for leaf in own)
         grads = [jax.ShapeDtypeStruct(layout.avals[index].shape, self.plan.accumulate_dtype) for index in params]
         state = jax.tree.unflatten(layout.treedef, layout.avals)
         shared = [*(layout.avals[index] for index in self.plan.scalars), state.step, state.rng]
@@ -288,9 +312,9 @@ class BucketProgram:
         whole = NamedSharding(options.mesh, PartitionSpec())
         jitted = jax.jit(
             self._run,
-            in_shardings=(self.shardings, [layout.on_device[index] for index in params], whole, whole),
-            out_shardings=self.shardings, donate_argnums=(0,), keep_unused=True,
+            in_shardings=(*placed, placed[0], whole, whole), out_shardings=self.shardings,
+            donate_argnums=(0, 1) if not keeps_params else (1, 2) if alike else (1,), keep_unused=True,
             compiler_options=compiler.options(options.mesh),
         )  # fmt: skip
         early = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.plan.split.early]
-        return jitted.lower(avals, grads, shared, early)
+        return jitted.lower(own, arrays, grads, shared, early)

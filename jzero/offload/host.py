@@ -43,7 +43,9 @@ class HostTier:
         targets = [sharding.with_memory_kind(KIND) for sharding in shardings]
         return [jax.block_until_ready(copy) for copy in _copied(leaves, targets)]
 
-    def begin(self) -> None:
+    can_fail = False
+
+    def begin(self, step: int, buckets: Sequence[Sequence[Any]]) -> None:
         pass
 
     def fetch(self, leaves: Sequence[jax.Array], shardings: Sequence[Any]) -> Copies:
@@ -54,6 +56,9 @@ class HostTier:
         return Copies(_copied(arrays, targets), arrays)
 
     def end(self) -> None:
+        pass
+
+    def cancel(self) -> None:
         pass
 
 

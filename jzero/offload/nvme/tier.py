@@ -49,6 +49,8 @@ class Leaving:
 class NVMeTier:
     """A folder on a drive, for the leaves of one `ShardedStep`."""
 
+    can_fail = True
+
     def __init__(self, folder: str):
         self.folder = folder
         self.name = f"nvme:{folder}"
@@ -109,7 +111,7 @@ class NVMeTier:
 
     def begin(self, step: int, buckets: Sequence[Sequence[DiskArray]]) -> None:
         """Start to read. `step` counts the updates made so far; `buckets` are all that will be fetched, in order."""
-        self.stop()
+        self.cancel()
         swap = self._swap = _one_swap([leaf for bucket in buckets for leaf in bucket])
         if swap.step is not None and swap.step != step:
             problem = "the state and the swap are of different steps"
@@ -142,9 +144,9 @@ class NVMeTier:
                 self._pipeline.finish()
                 swap.commit(self._after)
         finally:
-            self.stop()
+            self.cancel()
 
-    def stop(self) -> None:
+    def cancel(self) -> None:
         """Forget the step under way, which failed or was skipped; the generation before it still counts."""
         if self._pipeline is not None:
             self._pipeline.stop()
