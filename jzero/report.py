@@ -37,9 +37,7 @@ class Report:
     donated: Mapping[str, int] = field(default_factory=dict)  # {"leaves": given back in place, "of": all}
     num_compiled: int = 1  # programs that this step has compiled: one for each state structure and batch shape
     leaves: Sequence[Mapping[str, Any]] = ()  # path, dtype, shape, role, spec, bytes_per_device, why
-    offload: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # {"at_rest": {memory: bytes}, "buckets": [...], ...}; see docs/offload.md
+    offload: Mapping[str, Any] = field(default_factory=dict)  # at_rest, buckets, ...: docs/offload.md
     findings: Sequence[str] = ()
     programs: Mapping[str, Any] = field(default_factory=dict)  # anything else worth keeping, as JSON
 

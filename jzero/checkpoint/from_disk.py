@@ -1,11 +1,11 @@
 """Leaves that rest on NVMe, straight from their files into a checkpoint: a few at a time, so that memory stays bounded.
 
-Orbax writes arrays that are in memory. Its handler for them is given one portion after the other here, each of which lies in host
-memory only while it is written. What comes out is the same as for a state on devices. A save waits for these leaves: the next
-but one step would write over them.
+Orbax writes arrays that are in memory. Its handler of arrays is given one portion after the other here, each of which lies in
+host memory only while it is written. What comes out is the same as for a state on devices. A save waits for these leaves: the
+next step but one writes over them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,25 +14,54 @@ from orbax.checkpoint import type_handlers
 
 from jzero.offload.nvme.array import DiskArray
 
-PORTION_BYTES = 2**28
+PORTION_BYTES = 2**28  # in this process; a larger leaf is a portion by itself
 
 
-class DiskArrayHandler(type_handlers.ArrayHandler):
-    """Orbax's handler of arrays, for leaves that have to be read first."""
+class Handler(type_handlers.ArrayHandler):
+    """Orbax's handler of arrays, and of leaves that have to be read first."""
+
+    def __init__(self) -> None:
+        known = type_handlers.get_type_handler(jax.Array)
+        super().__init__(array_metadata_store=known._array_metadata_store)
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
-        args = args or [ocp.SaveArgs()] * len(values)
+        """Leaves on disk at once, portion by portion; the others in the background, as Orbax does."""
+        args, futures = args or [ocp.SaveArgs()] * len(values), []
+        pick = lambda numbers, *rows: [[row[index] for index in numbers] for row in rows]
         for portion in _portions(values):
-            arrays = [jax.device_put(values[index].read(), _host(values[index].sharding)) for index in portion]
-            chosen = [[every[index] for index in portion] for every in (infos, args)]
-            for future in await super().serialize(arrays, *chosen):
+            arrays = [_in_host_memory(values[index]) for index in portion]
+            for future in await super().serialize(arrays, *pick(portion, infos, args)):
                 future.result()
             for array in arrays:
                 array.delete()
-        return []
+        rest = [index for index, value in enumerate(values) if not isinstance(value, DiskArray)]
+        if rest:
+            futures += await super().serialize(*pick(rest, values, infos, args))
+        return futures
+
+
+def _portions(values: Sequence[Any]) -> Iterator[list[int]]:
+    portion, size = [], 0
+    for index, value in enumerate(values):
+        if isinstance(value, DiskArray):
+            if portion and size + value.nbytes > PORTION_BYTES:
+                yield portion
+                portion, size = [], 0
+            portion.append(index)
+            size += value.nbytes
+    if portion:
+        yield portion
+
+
+def _in_host_memory(leaf: DiskArray) -> jax.Array:
+    """A leaf as an array that takes no device memory where the back end can keep it elsewhere."""
+    return leaf.read(memory_kind="pinned_host")
 
 
 def registry() -> Any:
-    """Orbax's handlers by type, with one for leaves on disk."""
+    """Orbax's handlers by type, with this one for arrays."""
     known = [(kind, type_handlers.get_type_handler(kind)) for kind in (int, float, bytes, str)]
-    return type_handlers
+    handler = Handler()
+    found = type_handlers.create_type_handler_registry(*known, (jax.Array, handler))
+    found.add(DiskArray, handler, override=True, ignore_warnings=True)
+    return found

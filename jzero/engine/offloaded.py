@@ -17,12 +17,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jzero import _compat
 from jzero.engine import compiler, leaves
 from jzero.engine.layout import Layout, Options
-from jzero.offload import Tier
+from jzero.offload import Tier, slices
 from jzero.offload import buckets as packing
 from jzero.offload import split as splitting
-from jzero.offload.asked import Place
+from jzero.offload.asked import HOST, Place
 from jzero.offload.buckets import Bucket
 from jzero.offload.places import bytes_on_one_device, can_go
+from jzero.offload.slices import Slices, is_elementwise
 from jzero.offload.split import Input, Split
 from jzero.step import TrainState, TrainStep, gradient, update
 from jzero.step import params as parameters
@@ -265,7 +266,9 @@ def _first(plan: Update, params: Sequence[Any], grads: Sequence[Any], shared: Se
 class BucketProgram:
     """The compiled update of one bucket: `(leaves, grads, shared, early) -> leaves`, the leaves donated.
 
-    With `keeps_params` old parameters stay valid; new ones take the memory of the gradients where these have their dtype.
+    A bucket of one group that is larger than a bucket should be takes its leaves where they rest and fetches slices of them
+    itself, if its update is elementwise. With `keeps_params` old parameters stay valid; new ones take the memory of the
+    gradients where these have their dtype.
     """
 
     def __init__(self, plan: Update, bucket: Bucket, options: Options, *, keeps_params: bool = False):
@@ -277,8 +280,10 @@ class BucketProgram:
         chosen = {*self.param_at, *(num_params + at for at in self.array_at)}
         outputs = [at in chosen for at in range(num_params + num_arrays + num_scalars)]
         self.jaxpr, self.used = plan.split.part(outputs)
+        self.slices = self._slices()
         layout = plan.layout
-        self.shardings = [layout.on_device[index] for index in self.members]
+        self.shardings = [(layout.shardings if self.slices else layout.on_device)[index] for index in self.members]
+        self.places = [None if self.slices else layout.places[index] for index in self.members]
         self.lowered = self._lower(layout, options, keeps_params)
         self.compiled = self.lowered.compile()
 
@@ -286,35 +291,73 @@ class BucketProgram:
         num_params = len(self.bucket.params)
         return self.compiled(members[:num_params], members[num_params:], grads, shared, early)
 
-    def _run(
-        self, own: list[Any], opt_state: list[Any], grads: list[Any], shared: list[Any], early: list[Any]
-    ) -> list[Any]:  # fmt: skip
+    @property
+    def held_bytes(self) -> int:
+        """What of the bucket is on the device at a time."""
+        return self.bucket.moved_bytes // (self.slices.num if self.slices else 1)
+
+    def _slices(self) -> Slices | None:
+        plan, layout, size = self.plan, self.plan.layout, self.bucket.moved_bytes
+        shapes = {layout.avals[index].shape for index in self.members}
+        places = {layout.places[index] for index in self.members} - {None}
+        in_host = all(place.kind == HOST for place in places)
+        if size <= plan.bucket_bytes or len(shapes) > 1 or not in_host:
+            return None
+        (shape,) = shapes
+        specs = {layout.on_device[index].spec for index in self.members}
+        if len(specs) > 1 or not is_elementwise(self.jaxpr, shape):
+            return None
+        return slices.cut(shape, layout.on_device[self.members[0]], size, plan.bucket_bytes)
+
+    def _run(self, members: list[Any], grads: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
+        if self.slices is None:
+            return _compat.evaluate(self.jaxpr, self._inputs(members, grads, shared, early))
+        cut, is_away = self.slices, [self.plan.layout.places[index] is not None for index in self.members]
+        shape = cut.shape(self.plan.layout.avals[self.members[0]].shape)
+
+        def update(index: jax.Array, members: list[Any]) -> list[Any]:
+            pieces = [cut.take(one, index) for one in members]
+            pieces = [_move(one, jax.memory.Space.Device, away) for one, away in zip(pieces, is_away, strict=True)]
+            given = self._inputs(pieces, [cut.take(grad, index) for grad in grads], shared, early)
+            new = slices.evaluate(self.jaxpr, given, shape)
+            new = [_move(one, jax.memory.Space.Host, away) for one, away in zip(new, is_away, strict=True)]
+            return [cut.put(one, piece, index) for one, piece in zip(members, new, strict=True)]
+
+        return jax.lax.fori_loop(0, cut.num, update, members)
+
+    def _inputs(self, members: list[Any], grads: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
+        """What the part of the traced update takes."""
         num_params, num_arrays, _ = self.plan.num_outputs
         params: list[Any] = [None] * num_params
         given: list[Any] = [None] * num_params
         arrays: list[Any] = [None] * num_arrays
-        for at, leaf, grad in zip(self.param_at, own, grads, strict=True):
+        for at, leaf, grad in zip(self.param_at, members, grads, strict=False):
             params[at], given[at] = leaf, grad
-        for at, leaf in zip(self.array_at, opt_state, strict=True):
+        for at, leaf in zip(self.array_at, members[len(self.param_at) :], strict=True):
             arrays[at] = leaf
         every = [*self.plan.inputs(params, given, arrays, shared), *early]
-        return _compat.evaluate(self.jaxpr, [value for value, keep in zip(every, self.used, strict=True) if keep])
+        return [value for value, keep in zip(every, self.used, strict=True) if keep]
 
     def _lower(self, layout: Layout, options: Options, keeps_params: bool) -> Any:
-        params, opt_state = self.bucket.params, self.bucket.opt_state
-        own, arrays = [[layout.avals[index] for index in part] for part in (params, opt_state)]
-        placed = [[layout.on_device[index] for index in part] for part in (params, opt_state)]
-        alike = all(leaf.dtype == self.plan.accumulate_dtype for leaf in own)
+        every = zip((layout.avals[index] for index in self.members), self.shardings, strict=True)
+        avals = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf, sharding in every]
+        params = self.bucket.params
         grads = [jax.ShapeDtypeStruct(layout.avals[index].shape, self.plan.accumulate_dtype) for index in params]
         state = jax.tree.unflatten(layout.treedef, layout.avals)
         shared = [*(layout.avals[index] for index in self.plan.scalars), state.step, state.rng]
         shared.append(jax.ShapeDtypeStruct((), jnp.float32))
         whole = NamedSharding(options.mesh, PartitionSpec())
+        num_params, alike = len(params), all(layout.avals[index].dtype == self.plan.accumulate_dtype for index in params)
+        own, opt_state = self.shardings[:num_params], self.shardings[num_params:]
         jitted = jax.jit(
-            self._run,
-            in_shardings=(*placed, placed[0], whole, whole), out_shardings=self.shardings,
-            donate_argnums=(0, 1) if not keeps_params else (1, 2) if alike else (1,), keep_unused=True,
-            compiler_options=compiler.options(options.mesh),
+            lambda own, opt_state, grads, *values: self._run([*own, *opt_state], grads, *values),
+            in_shardings=(own, opt_state, [layout.on_device[index] for index in params], whole, whole),
+            donate_argnums=(0, 1) if not keeps_params else (1, 2) if alike else (1,),
+            out_shardings=self.shardings, keep_unused=True, compiler_options=compiler.options(options.mesh),
         )  # fmt: skip
         early = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.plan.split.early]
-        return jitted.lower(own, arrays, grads, shared, early)
+        return jitted.lower(avals[:num_params], avals[num_params:], grads, shared, early)
+
+
+def _move(piece: jax.Array, memory: Any, is_away: bool) -> jax.Array:
+    return jax.device_put(piece, memory) if is_away else piece

@@ -95,7 +95,7 @@ def _resting(layout: Layout, batch: Any, shardings: list[Any], options: Options)
         if sharding.memory_kind == KIND:
             continue
         row["measured"] += audits.shard_bytes(aval, sharding)
-        row["formula"] += num_bytes(aval) // num_shards(placement.spec, options)
+        row["formula"] += num_bytes(aval) // num_pieces(placement.spec, options)
     num_shards = axis_size(options.mesh, batch_axes(options.mesh))
     for leaf in jax.tree.leaves(batch):
         size = num_bytes(jax.ShapeDtypeStruct(jax.numpy.shape(leaf), jax.dtypes.result_type(leaf)))
@@ -105,7 +105,7 @@ def _resting(layout: Layout, batch: Any, shardings: list[Any], options: Options)
     return table
 
 
-def num_shards(spec: PartitionSpec, options: Options) -> int:
+def num_pieces(spec: PartitionSpec, options: Options) -> int:
     """Devices that hold different pieces of a leaf."""
     names = [name for entry in spec if entry is not None for name in ((entry,) if isinstance(entry, str) else entry)]
     return axis_size(options.mesh, names)

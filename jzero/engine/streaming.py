@@ -52,7 +52,7 @@ class StreamedProgram(Program):
 
     def _leaves(self, program: BucketProgram, state: dict[int, Any]) -> Leaves:
         members = program.members
-        return Leaves([state[i] for i in members], program.shardings, [self.layout.places[i] for i in members])
+        return Leaves([state[i] for i in members], program.shardings, program.places)
 
     def _update(self, carried: Carried) -> Any:
         def update(number: int, leaves: list[jax.Array]) -> list[jax.Array]:
@@ -84,16 +84,17 @@ def report(program: StreamedProgram, found: Report) -> Report:
     resting = {role: dict(figure) for role, figure in found.bytes_at_rest.items()}
     beside = {index for index in plan.arrays if layout.places[index] is None}
     for bucket in program.buckets:
-        given = bucket.compiled.input_shardings[0][0]
+        own, opt_state, *_ = bucket.compiled.input_shardings[0]
+        given = [*own, *opt_state]
         for index, sharding in zip(bucket.members, given, strict=True):
             if index in beside:  # optimizer state that rests on the device; the gradient program does not take it
                 figure = resting["opt_state"]
                 figure["measured"] += audit.shard_bytes(layout.avals[index], sharding)
                 spec = layout.placements[index].spec
-                figure["formula"] += num_bytes(layout.avals[index]) // reporting.num_shards(spec, program.options)
+                figure["formula"] += num_bytes(layout.avals[index]) // reporting.num_pieces(spec, program.options)
     buckets = [_figures(bucket) for bucket in program.buckets]
     grads = sum(row["grad_bytes"] for row in buckets)
-    pairs = [sum(row["moved_bytes"] for row in buckets[at : at + 2]) for at in range(len(buckets))]
+    pairs = [sum(row["held_bytes"] for row in buckets[at : at + 2]) for at in range(len(buckets))]
     first = found.temp_bytes + grads + (pairs[0] if pairs else 0)
     updates = [grads + pair + row["temp_bytes"] for pair, row in zip(pairs, buckets, strict=True)]
     temp = max(first, *updates)
@@ -122,6 +123,8 @@ def _figures(one: BucketProgram) -> dict[str, int]:
     return {
         "leaves": len(one.members),
         "moved_bytes": one.bucket.moved_bytes,
+        "held_bytes": 0 if one.slices else one.bucket.moved_bytes,  # of slices: in temp_bytes
+        "slices": one.slices.num if one.slices else 1,
         "grad_bytes": sum(grads),
         "temp_bytes": int(memory.temp_size_in_bytes) + max(int(beyond), 0),
     }

@@ -25,16 +25,19 @@ class Bucket(NamedTuple):
 
 
 def pack(groups: Sequence[Bucket], bucket_bytes: int) -> list[Bucket]:
-    """Groups in order, as many to a bucket as fit; one that is larger is a bucket by itself. What moves nothing comes first."""
+    """Groups in order, as many to a bucket as fit. What moves nothing comes first; last what is larger than a bucket, each by
+    itself: it may come slice by slice, when nothing else is there.
+    """
     still = [group for group in groups if not group.moved_bytes]
     packed = [_joined(still)] if still else []
     current: list[Bucket] = []
-    for group in (group for group in groups if group.moved_bytes):
+    large = [group for group in groups if group.moved_bytes > bucket_bytes]
+    for group in (group for group in groups if 0 < group.moved_bytes <= bucket_bytes):
         if current and sum(one.moved_bytes for one in current) + group.moved_bytes > bucket_bytes:
             packed.append(_joined(current))
             current = []
         current.append(group)
-    return packed + ([_joined(current)] if current else [])
+    return [*packed, *([_joined(current)] if current else []), *large]
 
 
 def _joined(groups: Sequence[Bucket]) -> Bucket:

@@ -62,7 +62,7 @@ class Tier(Protocol):
 
     @property
     def can_fail(self) -> bool:
-        """Whether a step may fail here for reasons of its own (a full disk): then it leaves the state that it was given intact."""
+        """Whether a step may fail here for reasons of its own (a full disk). Then it leaves the state it was given intact."""
         ...
 
     def begin(self, step: int, buckets: Sequence[Sequence[Any]]) -> None:

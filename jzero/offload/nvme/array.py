@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from jzero._errors import explain
@@ -119,11 +120,14 @@ class DiskArray(NDArrayOperatorsMixin):
             for number, device in enumerate(devices):
                 yield DiskShard(self, file, tuple(slice(*one) for one in bounds), device, number)
 
-    def read(self) -> jax.Array:
-        """The numbers as an array on the devices."""
+    def read(self, memory_kind: str | None = None) -> jax.Array:
+        """The numbers as an array: on the devices, or in another memory of theirs (`"pinned_host"`)."""
+        sharding = self.sharding if memory_kind is None else self.sharding.with_memory_kind(memory_kind)
         read = {shard.file.path: shard.data for shard in self._shards() if not shard.replica_id}
-        pieces = [jax.device_put(read[shard.file.path], shard.device) for shard in self._shards()]
-        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, pieces)
+        places = [SingleDeviceSharding(shard.device, memory_kind=memory_kind) for shard in self._shards()]
+        files = [shard.file.path for shard in self._shards()]
+        pieces = [jax.device_put(read[file], place) for file, place in zip(files, places, strict=True)]
+        return jax.make_array_from_single_device_arrays(self.shape, sharding, pieces)
 
     def __jax_array__(self) -> jax.Array:
         return self.read()
