@@ -52,7 +52,7 @@ class StreamedProgram(Program):
         def update(number: int, leaves: list[jax.Array]) -> list[jax.Array]:
             program = self.buckets[number]
             grads = [carried.grads[at] for at in program.param_at]
-            new = program.compiled(leaves, grads, carried.shared, carried.early)
+            new = program.compiled(leaves, grads, carried.scales, carried.shared, carried.early)
             for grad in grads:
                 grad.delete()
             return new
