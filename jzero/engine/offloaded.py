@@ -32,7 +32,8 @@ from jzero.step import params as parameters
 class Carried(NamedTuple):
     """What the gradient program hands to the update programs."""
 
-    grads: list[jax.Array]  # of the parameters that train, clipped, in their shards
+    grads: list[jax.Array]  # sums of the parameters that train, in their shards
+    scales: list[jax.Array]  # what makes them gradients, clipped; multiplied here they would be twice in memory
     proceed: jax.Array
     shared: list[jax.Array]  # the optimizer's scalars before the step, step, rng, loss
     early: list[jax.Array]
@@ -48,6 +49,7 @@ class Update:
     buckets: list[Bucket]
     bucket_bytes: int
     accumulate_dtype: Any
+    num_scales: int
 
     @cached_property
     def trained(self) -> list[int]:
@@ -157,7 +159,7 @@ def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
     assert options.offload is not None
     state = jax.tree.unflatten(layout.treedef, layout.avals)
     mask = parameters.trainable_mask(state.params, step.trainable)
-    bare = Update(layout, mask, None, [], 0, step.policy.accumulate)  # pyrefly: ignore[bad-argument-type]
+    bare = Update(layout, mask, None, [], 0, step.policy.accumulate, 1 + (step.clip_norm is not None))  # pyrefly: ignore[bad-argument-type]
     found = splitting.split(*_traced(step, bare), num_scalars=len(bare.scalars))
     size = options.offload.bucket_bytes or packing.default_bytes(options.mesh)
     return replace(bare, split=found, buckets=packing.pack(_groups(bare, found), size), bucket_bytes=size)
@@ -228,24 +230,25 @@ class GradientStep(TrainStep):
     update: Any = None  # an Update
 
     def finish(
-        self, state: TrainState, grads: Sequence[jax.Array], leaf_squares: jax.Array, sums: gradient.Sums, weight: jax.Array,
+        self, state: TrainState, factor: jax.Array, leaf_squares: jax.Array, sums: gradient.Sums, weight: jax.Array,
         program: gradient.LossProgram, mask: Sequence[bool],
     ) -> tuple[TrainState, Any]:  # fmt: skip
         """The state with all but parameters and optimizer arrays moved on, the metrics, and what the buckets need."""
         found = self.evaluation(sums, weight, program)
         loss, plan = found["loss"], self.update
-        verdict = update.judge(grads, leaf_squares, loss, weight, self.clip_norm, self.skip_nonfinite)
+        verdict = update.judge(leaf_squares, loss, weight, self.clip_norm, self.skip_nonfinite)
+        scales = [factor, *verdict.scales]
         shared = [*state.opt_state, state.step, state.rng, loss.astype(jnp.float32)]
-        scalars, early = _first(plan, jax.tree.leaves(state.params), verdict.grads, shared)
+        scalars, early = _first(plan, jax.tree.leaves(state.params), update.scaled(sums.grads, scales), shared)
         after = TrainState(state.params, scalars, state.step + 1, state.rng, state.loss_scale, sums.model_state)
         after, metrics = update.conclude(state, after, verdict, leaf_squares, loss, weight, found["aux"], mask, self.policy)
         placed = [
             jax.lax.with_sharding_constraint(grad, plan.layout.on_device[index])
-            for grad, index in zip(verdict.grads, plan.trained, strict=True)
+            for grad, index in zip(sums.grads, plan.trained, strict=True)
         ]
         whole = NamedSharding(plan.layout.mesh, PartitionSpec())
-        shared, early = jax.lax.with_sharding_constraint((shared, early), whole)
-        return after, (metrics, Carried(placed, verdict.proceed, shared, early))
+        scales, shared, early = jax.lax.with_sharding_constraint((scales, shared, early), whole)
+        return after, (metrics, Carried(placed, scales, verdict.proceed, shared, early))
 
 
 def gradient_step(step: TrainStep, plan: Update) -> GradientStep:
@@ -264,7 +267,7 @@ def _first(plan: Update, params: Sequence[Any], grads: Sequence[Any], shared: Se
 
 
 class BucketProgram:
-    """The compiled update of one bucket: `(leaves, grads, shared, early) -> leaves`, the leaves donated.
+    """The compiled update of one bucket: `(leaves, grads, scales, shared, early) -> leaves`, the leaves donated.
 
     A bucket of one group that is larger than a bucket should be takes its leaves where they rest and fetches slices of them
     itself, if its update is elementwise. With `keeps_params` old parameters stay valid; new ones take the memory of the
@@ -287,9 +290,9 @@ class BucketProgram:
         self.lowered = self._lower(layout, options, keeps_params)
         self.compiled = self.lowered.compile()
 
-    def __call__(self, members: list[Any], grads: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
+    def __call__(self, members: list[Any], grads: list[Any], *values: list[Any]) -> list[Any]:
         num_params = len(self.bucket.params)
-        return self.compiled(members[:num_params], members[num_params:], grads, shared, early)
+        return self.compiled(members[:num_params], members[num_params:], grads, *values)
 
     @property
     def held_bytes(self) -> int:
@@ -309,21 +312,22 @@ class BucketProgram:
             return None
         return slices.cut(shape, layout.on_device[self.members[0]], size, plan.bucket_bytes)
 
-    def _run(self, members: list[Any], grads: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
+    def _run(self, members: list[Any], grads: list[Any], scales: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
         if self.slices is None:
-            return _compat.evaluate(self.jaxpr, self._inputs(members, grads, shared, early))
+            return _compat.evaluate(self.jaxpr, self._inputs(members, update.scaled(grads, scales), shared, early))
         cut, is_away = self.slices, [self.plan.layout.places[index] is not None for index in self.members]
         shape = cut.shape(self.plan.layout.avals[self.members[0]].shape)
 
-        def update(index: jax.Array, members: list[Any]) -> list[Any]:
+        def one_slice(index: jax.Array, members: list[Any]) -> list[Any]:
             pieces = [cut.take(one, index) for one in members]
             pieces = [_move(one, jax.memory.Space.Device, away) for one, away in zip(pieces, is_away, strict=True)]
-            given = self._inputs(pieces, [cut.take(grad, index) for grad in grads], shared, early)
+            parts = update.scaled([cut.take(grad, index) for grad in grads], scales)
+            given = self._inputs(pieces, parts, shared, early)
             new = slices.evaluate(self.jaxpr, given, shape)
             new = [_move(one, jax.memory.Space.Host, away) for one, away in zip(new, is_away, strict=True)]
             return [cut.put(one, piece, index) for one, piece in zip(members, new, strict=True)]
 
-        return jax.lax.fori_loop(0, cut.num, update, members)
+        return jax.lax.fori_loop(0, cut.num, one_slice, members)
 
     def _inputs(self, members: list[Any], grads: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
         """What the part of the traced update takes."""
@@ -351,12 +355,13 @@ class BucketProgram:
         own, opt_state = self.shardings[:num_params], self.shardings[num_params:]
         jitted = jax.jit(
             lambda own, opt_state, grads, *values: self._run([*own, *opt_state], grads, *values),
-            in_shardings=(own, opt_state, [layout.on_device[index] for index in params], whole, whole),
+            in_shardings=(own, opt_state, [layout.on_device[index] for index in params], whole, whole, whole),
             donate_argnums=(0, 1) if not keeps_params else (1, 2) if alike else (1,),
             out_shardings=self.shardings, keep_unused=True, compiler_options=compiler.options(options.mesh),
         )  # fmt: skip
         early = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.plan.split.early]
-        return jitted.lower(avals[:num_params], avals[num_params:], grads, shared, early)
+        scales = [jax.ShapeDtypeStruct((), jnp.float32)] * self.plan.num_scales
+        return jitted.lower(avals[:num_params], avals[num_params:], grads, scales, shared, early)
 
 
 def _move(piece: jax.Array, memory: Any, is_away: bool) -> jax.Array:

@@ -58,7 +58,7 @@ class StreamedProgram(Program):
         def update(number: int, leaves: list[jax.Array]) -> list[jax.Array]:
             program = self.buckets[number]
             grads = [carried.grads[at] for at in program.param_at]
-            new = program(leaves, grads, carried.shared, carried.early)
+            new = program(leaves, grads, carried.scales, carried.shared, carried.early)
             for grad in grads:
                 if not grad.is_deleted():
                     grad.delete()
@@ -106,10 +106,12 @@ def report(program: StreamedProgram, found: Report) -> Report:
         "moved_bytes": sum(row["moved_bytes"] for row in buckets),
         "gradient_temp_bytes": found.temp_bytes,
         "grad_bytes": grads,
+        "places": {tier.name: tier.describe() for tier in program.options.tiers.values()},
         "settings": str(program.options.offload),
     }
     return replace(
         found, bytes_at_rest=resting, temp_bytes=temp, peak_bytes=on_device + temp, leaves=rows, offload=offload,
+        findings=[*found.findings, *(line for tier in program.options.tiers.values() for line in tier.findings)],
         num_compiled=found.num_compiled + len(program.buckets),
     )  # fmt: skip
 

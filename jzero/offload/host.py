@@ -1,7 +1,7 @@
 """Pinned host memory: leaves at rest are ordinary arrays whose sharding names the memory kind."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -44,6 +44,10 @@ class HostTier:
         return [jax.block_until_ready(copy) for copy in _copied(leaves, targets)]
 
     can_fail = False
+    findings: ClassVar[list[str]] = []
+
+    def describe(self) -> dict[str, Any]:
+        return {}
 
     def begin(self, step: int, buckets: Sequence[Sequence[Any]]) -> None:
         pass

@@ -44,6 +44,15 @@ class Tier(Protocol):
         """As the report prints it: `pinned_host`, `nvme:/data/swap`."""
         ...
 
+    @property
+    def findings(self) -> list[str]:
+        """What a reader of the report should know."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Figures of this place for the report, as plain data."""
+        ...
+
     def check(self, leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]]) -> None:
         """Refuse what cannot be held, before anything is allocated: a five-part error that names the setting to change.
 

@@ -44,22 +44,26 @@ def squares(grads: Sequence[jax.Array]) -> jax.Array:
 class Verdict(NamedTuple):
     """What all gradients together say of a step."""
 
-    grads: list[jax.Array]  # clipped
+    scales: list[jax.Array]  # what gradients are multiplied by, one after the other: to clip them
     norm: jax.Array  # float32[], before clipping
     proceed: jax.Array  # bool[]
 
 
 def judge(
-    grads: Sequence[jax.Array], leaf_squares: jax.Array, loss: jax.Array, weight: jax.Array, clip_norm: float | None,
-    skip_nonfinite: bool,
+    leaf_squares: jax.Array, loss: jax.Array, weight: jax.Array, clip_norm: float | None, skip_nonfinite: bool
 ) -> Verdict:  # fmt: skip
     """Norm, clipping, and whether the update is made. Weight zero skips the step, as do a NaN and an infinity."""
     norm = jnp.sqrt(jnp.sum(leaf_squares))
     clean = jnp.isfinite(norm) & jnp.isfinite(loss) & (weight != 0)
-    if clip_norm is not None:
-        factor = jnp.where(norm > clip_norm, clip_norm / norm, 1.0)
-        grads = [grad * factor.astype(grad.dtype) for grad in grads]
-    return Verdict(list(grads), norm, clean if skip_nonfinite else jnp.ones((), bool))
+    scales = [] if clip_norm is None else [jnp.where(norm > clip_norm, clip_norm / norm, 1.0)]
+    return Verdict(scales, norm, clean if skip_nonfinite else jnp.ones((), bool))
+
+
+def scaled(grads: Sequence[jax.Array], scales: Sequence[jax.Array]) -> list[jax.Array]:
+    """Gradients times each of the scalars in turn."""
+    for scale in scales:
+        grads = [grad * scale.astype(grad.dtype) for grad in grads]
+    return list(grads)
 
 
 def conclude(
@@ -88,6 +92,7 @@ def conclude(
 def finish(
     state: TrainState,
     grads: Sequence[jax.Array],
+    factor: jax.Array,
     *,
     leaf_squares: jax.Array,
     loss: jax.Array,
@@ -100,14 +105,16 @@ def finish(
     clip_norm: float | None,
     skip_nonfinite: bool,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The next state and the metrics, from unscaled gradients of the leaves that train.
+    """The next state and the metrics, from summed gradients of the leaves that train.
 
     Args:
-      leaf_squares: each gradient's sum of squares over the whole tensor; not finite where the gradient is not.
+      factor: what makes sums the loss's gradients.
+      leaf_squares: each gradient's (times `factor`) sum of squares over the whole tensor; not finite where the gradient is not.
       loss, weight: the batch's loss and total weight; weight zero skips the step.
     """
-    verdict = judge(grads, leaf_squares, loss, weight, clip_norm, skip_nonfinite)
-    params, opt_state = optimize(state, verdict.grads, mask, optimizer, policy, loss)
+    verdict = judge(leaf_squares, loss, weight, clip_norm, skip_nonfinite)
+    grads = scaled(grads, [factor, *verdict.scales])
+    params, opt_state = optimize(state, grads, mask, optimizer, policy, loss)
     after = TrainState(params, opt_state, state.step + 1, state.rng, state.loss_scale, model_state)
     return conclude(state, after, verdict, leaf_squares, loss, weight, aux, mask, policy)
 

@@ -1,7 +1,6 @@
 """The folder that a swap lies in: one run at a time, writable, large enough, and how fast its disk is."""
 
 import errno
-import json
 import os
 import shutil
 import socket
@@ -31,6 +30,13 @@ _TRIAL_BYTES = 2**26
 _locks: dict[Path, int] = {}  # of this process, until it ends; a lock dies with its process even under SIGKILL
 
 
+def said(error: OSError, text: str) -> OSError:
+    """An error of the system's kind and number that says more than the system does."""
+    found = type(error)(text)
+    found.errno = error.errno
+    return found
+
+
 def open_for(folder: str) -> Path:
     """This process's part of the folder, locked for this run.
 
@@ -45,7 +51,7 @@ def open_for(folder: str) -> Path:
         except OSError as error:
             fix = "Name a folder on a local drive that this user may write to."
             met = [f"{path}: {error.strerror or error}"]
-            raise type(error)(error.errno, explain(WHO, "cannot write into the swap folder", found=met, fix=fix)) from error
+            raise said(error, explain(WHO, "cannot write into the swap folder", found=met, fix=fix)) from error
         try:
             _lock(descriptor, path)
         except BaseException:
@@ -64,9 +70,7 @@ def _lock(descriptor: int, path: Path) -> None:
         holder = os.pread(descriptor, 4096, 0).decode(errors="replace") or "an unknown process"
         fix = "Give every run a swap folder of its own, or end that process first."
         problem = "this is the swap folder of another run"
-        raise BlockingIOError(
-            error.errno, explain(WHO, problem, found=[str(path)], context=f"in use by {holder}", fix=fix)
-        ) from error
+        raise said(error, explain(WHO, problem, found=[str(path)], context=f"in use by {holder}", fix=fix)) from error
     except OSError:  # a file system without locks
         return
     me = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
@@ -137,7 +141,7 @@ def check_room(path: Path, num_bytes: int, payload_bytes: int, leftover_bytes: i
         context = f"{payload_bytes:,} bytes of state in two generations, of which one is always whole"
         share = max(free / num_bytes * 0.95, 0.01)
         fix = f"Free {num_bytes - free:,} bytes, name a larger disk, or offload less: fraction={share:.2f} would fit."
-        raise OSError(errno.ENOSPC, explain(WHO, problem, found=[str(path)], context=context, fix=fix))
+        raise said(OSError(errno.ENOSPC, ""), explain(WHO, problem, found=[str(path)], context=context, fix=fix))
 
 
 class Speed(NamedTuple):
@@ -186,8 +190,3 @@ def warn_if_slow(path: Path, speed: Speed, payload_bytes: int) -> None:
         context = f"{payload_bytes:,} bytes are read and written per step; {how}"
         fix = "Name a folder on an NVMe drive, or offload less with fraction=."
         warnings.warn(explain(WHO, problem, found=[f"{path}: {rates}"], context=context, fix=fix), stacklevel=2)
-
-
-def describe(speed: Speed) -> dict[str, Any]:
-    """For the report."""
-    return json.loads(json.dumps(speed._asdict()))

@@ -72,8 +72,14 @@ class NVMeTier:
         gone = sum(left.num_bytes for left in folders.leftovers(path, _live(path)))
         folders.check_room(path, swap.num_bytes, swap.payload_bytes, gone)
         if self.speed is None:
-            self.speed = folders.measure(path, swap.payload_bytes)
+            with _told(swap, "the swap's disk could not be tried", "Free space, or name a folder on a larger disk."):
+                self.speed = folders.measure(path, swap.payload_bytes)
             folders.warn_if_slow(path, self.speed, swap.payload_bytes)
+
+    def describe(self) -> dict[str, Any]:
+        """For the report."""
+        pool = {"pool_bytes": self.pool.num_bytes, "lanes": self.pool.num_lanes} if self.pool is not None else {}
+        return {**pool, **(self.speed._asdict() if self.speed is not None else {})}
 
     def is_here(self, leaf: Any, sharding: jax.sharding.Sharding) -> bool:
         return (
@@ -101,7 +107,7 @@ class NVMeTier:
         path = folders.open_for(self.folder)
         rows = frozenset((leaf.path, leaf.shape, leaf.dtype.name) for leaf in self._expected)
         removed = folders.take_over(path, _live(path), rows)
-        self.findings = [f"the swap folder held what an ended run left, and was taken over: {line}" for line in removed]
+        self.findings += [f"the swap folder held what an ended run left, and was taken over: {line}" for line in removed]
         swap = Swap(path / f"{folders.STATE}{secrets.token_hex(4)}", self._expected)
         _LIVE.setdefault(path, set()).add(swap.folder.name)
         with _told(swap, "the swap's files could not be made", "Free space, or name a folder on a larger disk."):
@@ -215,4 +221,4 @@ def _told(swap: Swap, problem: str, fix: str) -> Iterator[None]:
     except OSError as error:
         met = [f"{type(error).__name__}: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")]
         context = f"{swap.folder}: {swap.num_bytes:,} bytes in two generations"
-        raise type(error)(error.errno, explain(WHO, problem, found=met, context=context, fix=fix)) from error
+        raise folders.said(error, explain(WHO, problem, found=met, context=context, fix=fix)) from error
