@@ -128,9 +128,7 @@ class Swap:
         for files in self.files:
             for file in files:
                 header = file.header(self.slot)
-                if (header["generation"], header["step"]) != (self.generation, self.step):
-                    met = f"generation {header['generation']} of step {header['step']}"
-                    raise file.corrupt(f"holds {met}, committed is generation {self.generation} of step {self.step}")
+                _check_generation(file, header, self.generation, self.step)
                 self._sums[self.slot, file.path] = header["xxh3"]
                 for (at, part), expected in zip(file.parts(memory), header["xxh3"], strict=True):
                     file.read(self.slot, at, part, expected)
@@ -167,6 +165,32 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def contents(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What a run left: the commit, and this process's part of every leaf by its path, each byte compared with its sum. No jax.
+
+    Raises:
+      CorruptSwap: a file is damaged, or generations are mixed. FileNotFoundError: nothing was ever committed.
+    """
+    commit, leaves = load(folder / COMMIT), {}
+    for row in load(folder / LAYOUT)["leaves"]:
+        about = {name: value for name, value in row.items() if name not in ("bytes", "file")}
+        file, slot = ShardFile(folder / row["file"], about, row["bytes"]), commit["generation"] % 2
+        header, memory = file.header(slot), direct.aligned(row["bytes"])
+        _check_generation(file, header, commit["generation"], commit["step"])
+        for (at, part), expected in zip(file.parts(memory), header["xxh3"], strict=True):
+            file.read(slot, at, part, expected)
+        whole = leaves.setdefault(row["leaf"], np.zeros(row["shape"], row["dtype"]))
+        bounds = tuple(slice(*one) for one in row["shard"])
+        whole[bounds] = memory[: file.num_bytes].view(whole.dtype).reshape(whole[bounds].shape)
+    return commit, leaves
+
+
+def _check_generation(file: ShardFile, header: dict[str, Any], generation: int, step: int | None) -> None:
+    if (header["generation"], header["step"]) != (generation, step):
+        met = f"generation {header['generation']} of step {header['step']}"
+        raise file.corrupt(f"holds {met}, committed is generation {generation} of step {step}")
 
 
 def opened(folder: Path, leaves: Sequence[Leaf]) -> Swap:
