@@ -2,12 +2,13 @@
 
     python tests/kills_nvme.py --kills 50 [--seed 0] [--json FILE]
 
-As `tests/kills.py`, whose lives and checkpoints these are: each life restores the newest checkpoint, which writes the swap anew,
-and trains on. After every kill the swap that the life left is read byte by byte, without jax: its commit names a step, and the
-moments of all files must be those that an uninterrupted run had after that step, bit by bit. Losses likewise.
+As `tests/kills.py`, whose lives and checkpoints these are: each life restores the newest checkpoint, which writes the swap
+anew, and trains on. After every kill the swap that the life left is read byte by byte, without jax: its commit names a step,
+and the moments of all files must be those that an uninterrupted run had after that step, bit by bit. Losses likewise.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -19,8 +20,10 @@ import time
 import traceback
 from pathlib import Path
 
+import kills  # sets the environment, so before jax
+
+# isort: split
 import jax
-import kills  # sets the environment before jax is imported
 import numpy as np
 import tiny
 
@@ -156,10 +159,8 @@ def half_written(folder):
         for row in rows:
             about = {name: value for name, value in row.items() if name not in ("bytes", "file")}
             file = swap.ShardFile(left.folder / row["file"], about, row["bytes"])
-            try:
+            with contextlib.suppress(CorruptSwap):  # no header yet
                 newer += file.header((commit["generation"] + 1) % 2)["generation"] == commit["generation"] + 1
-            except CorruptSwap:
-                pass  # no header yet
         return newer > 0
     return False
 
