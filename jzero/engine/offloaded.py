@@ -99,6 +99,18 @@ def _opt_leaves(layout: Layout) -> list[int]:
     return jax.tree.leaves(state.opt_state)
 
 
+def check(layout: Layout, tiers: Mapping[Place, Tier]) -> None:
+    """Every tier can hold what is to rest there."""
+    rows = list(zip(layout.placements, layout.avals, layout.on_device, layout.places, strict=True))
+    for place, tier in tiers.items():
+        members = [
+            (placement.leaf.path, jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding))
+            for placement, aval, sharding, where in rows
+            if where == place
+        ]
+        tier.check(members)
+
+
 def placed(given: Sequence[Any], layout: Layout, tiers: Mapping[Place, Tier]) -> list[Any]:
     """Copies of a state's leaves where they rest."""
     rows = zip(given, layout.on_device, layout.places, layout.placements, strict=True)

@@ -1,7 +1,7 @@
 """Parity law of offload: a step whose state rests in host memory computes what the same step computes on the device.
 
-Each of ten steps is taken twice from the same state, on the device and offloaded, and may differ by 2 units in the last place of
-the leaf's largest number: two programs round differently (a product and a sum may be one operation or two), and where a
+Each of ten steps is taken twice from the same state, on the device and offloaded, and may differ by 2 units in the last place
+of the leaf's largest number: two programs round differently (a product and a sum may be one operation or two), and where a
 parameter and its update cancel, the element's own last place says nothing of that. Counters, keys and skipped steps are equal.
 """
 
