@@ -33,8 +33,8 @@ def main():
 
     schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 20, options.steps, 2e-4)
     tx = optax.adamw(schedule, b2=0.95, weight_decay=0.1)
-    runs = {name: run(wrap(tx), options.steps) for name, wrap in
-            (("float32", lambda tx: tx), ("8 bits", jzero.optim.moments_8bit), ("bfloat16", jzero.optim.moments_bf16))}  # fmt: skip
+    kinds = {"float32": lambda tx: tx, "8 bits": jzero.optim.moments_8bit, "bfloat16": jzero.optim.moments_bf16}
+    runs = {name: run(wrap(tx), options.steps) for name, wrap in kinds.items()}
     exact = runs["float32"]["loss"]
     for one in runs.values():
         one["loss_over_float32"] = round(one["loss"] / exact, 5)

@@ -86,8 +86,7 @@ class ShardedStep:
         traced = [args[index] for index in dynamic]
         placed = self._layout(jax.eval_shape(make, traced))
         if self._options.moves_state:
-            self._plan(placed)  # what cannot be cut into buckets is refused before anything is made
-            offloaded.check(placed, self._options.tiers)
+            self._check_offload(placed)
             state = offloaded.init(make, traced, placed, self._options)
         else:
             state = jax.jit(make, out_shardings=placed.tree, compiler_options=compiler.options(self._options.mesh))(traced)
@@ -118,9 +117,7 @@ class ShardedStep:
         arrays = jax.tree.map(lambda leaf: leaf if leaves.is_strong(leaf) else leaves.strong(leaf), arrays)
         placed = self._layout(arrays)
         self.known = placed, statics
-        if self._options.moves_state:
-            self._plan(placed)
-            offloaded.check(placed, self._options.tiers)
+        self._check_offload(placed)
         copies = offloaded.placed(jax.tree.leaves(arrays), placed, self._options.tiers)
         return statics.merge(jax.tree.unflatten(placed.treedef, copies))
 
@@ -187,6 +184,12 @@ class ShardedStep:
         if placed not in self._plans:
             self._plans[placed] = offloaded.prepare(self.fn, placed, self._options)
         return self._plans[placed]
+
+    def _check_offload(self, placed: Layout) -> None:
+        """What cannot rest where it should, or not be updated there, is refused before anything is made."""
+        if self._options.moves_state:
+            offloaded.check(placed, self._options.tiers)
+            self._plan(placed)
 
     def unsharded(self, statics: Statics) -> Callable[..., Any]:
         """The same step as one device runs it, on a state without its static leaves."""

@@ -100,16 +100,15 @@ def _opt_leaves(layout: Layout) -> list[int]:
 
 
 def check(layout: Layout, tiers: Mapping[Place, Tier]) -> None:
-    """Every tier can hold what is to rest there; nothing has been allocated yet."""
+    """Every tier can hold what is to rest there."""
     rows = list(zip(layout.placements, layout.avals, layout.on_device, layout.places, strict=True))
-    for where, tier in tiers.items():
-        tier.check(
-            [
-                (placement.leaf.path, jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding))
-                for placement, aval, sharding, place in rows
-                if place == where
-            ]
-        )
+    for place, tier in tiers.items():
+        members = [
+            (placement.leaf.path, jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding))
+            for placement, aval, sharding, where in rows
+            if where == place
+        ]
+        tier.check(members)
 
 
 def placed(given: Sequence[Any], layout: Layout, tiers: Mapping[Place, Tier]) -> list[Any]:

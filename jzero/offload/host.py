@@ -1,5 +1,6 @@
 """Pinned host memory: leaves at rest are ordinary arrays whose sharding names the memory kind."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from jzero._tree import num_bytes
 
 WHO = "jzero.Offload"
 KIND = "pinned_host"
+PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # 64 by default (xla/pjrt/gpu)
 
 
 class Copies:
@@ -73,24 +75,41 @@ def _copied(leaves: Sequence[Any], shardings: Sequence[Any]) -> list[jax.Array]:
 
 def check_kind(leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]]) -> None:
     """The devices have the memory kind."""
-    for device in {device for _, leaf in leaves for device in leaf.sharding.device_set}:
+    devices = {device for _, leaf in leaves for device in leaf.sharding.device_set}
+    for device in sorted(devices, key=lambda device: device.id)[:1]:  # of a mesh all are alike
         kinds = [memory.kind for memory in device.addressable_memories()]
         if KIND not in kinds:
             found = [f"{device} has {', '.join(kinds) or 'none that it names'}"]
-            fix = "Leave offload= out on this back end, or name a place that it has."
-            raise NotImplementedError(explain(WHO, f"this back end has no memory kind {KIND!r}", found=found, fix=fix))
+            context = f"{len(leaves)} leaves were to rest there"
+            fix = "Leave offload= out on this back end."
+            problem = f"this back end has no memory kind {KIND!r}"
+            raise NotImplementedError(explain(WHO, problem, found=found, context=context, fix=fix))
 
 
 def check_room(leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]]) -> None:
     """This process's part of the leaves fits into the host memory that is free, computed from shapes."""
+    devices = {device for _, leaf in leaves for device in leaf.sharding.addressable_devices}
+    if not devices <= set(jax.devices()):
+        return  # only described
     sizes = {path: _bytes_here(leaf) for path, leaf in leaves}
-    total, free = sum(sizes.values()), free_host_bytes()
+    total = sum(sizes.values())
+    largest = columns([path, f"{size:,} bytes"] for path, size in sorted(sizes.items(), key=lambda item: -item[1])[:5])
+    context = f"the largest of {len(sizes)} leaves"
+    free = free_host_bytes()
     if free is not None and total > free:
-        largest = sorted(sizes.items(), key=lambda item: -item[1])[:5]
-        rows = [[path, f"{size:,} bytes"] for path, size in largest]
-        problem = f"{len(sizes)} leaves need {total:,} bytes of host memory in this process, and {free:,} are free"
-        fix = f"fraction={free / total:.2f} would fit, or opt_state='nvme:FOLDER', or more processes to share the state."
-        raise ValueError(explain(WHO, problem, found=columns(rows), context=f"largest of {len(sizes)}", fix=fix))
+        problem = f"the offloaded leaves need {total:,} bytes of host memory in this process, and {free:,} are free"
+        fix = f"Offload(fraction={free / total:.2f}) would fit, or opt_state='nvme:FOLDER', or more hosts to share the state."
+        raise ValueError(explain(WHO, problem, found=largest, context=context, fix=fix))
+    limit = pinned_limit_bytes() if any(device.platform == "gpu" for device in devices) else None
+    if limit is not None and total > limit:
+        problem = f"the offloaded leaves need {total:,} bytes of pinned memory in this process, and {limit:,} may be pinned"
+        fix = f"Set {PINNED_LIMIT}={total // 2**30 + 8} in the environment before jax starts, or a smaller fraction=."
+        raise ValueError(explain(WHO, problem, found=largest, context=context, fix=fix))
+
+
+def pinned_limit_bytes() -> int:
+    """How much host memory the CUDA client pins at most."""
+    return int(float(os.environ.get(PINNED_LIMIT, 64)) * 2**30)
 
 
 def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
