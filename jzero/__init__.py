@@ -3,6 +3,7 @@
 >>> train_step = jzero.shard(train_step, stage=3)  # doctest: +SKIP
 """
 
+from jzero import optim as optim
 from jzero._errors import StageNotAchieved as StageNotAchieved
 from jzero.checkpoint import CheckpointManager as CheckpointManager
 from jzero.checkpoint import export as export

@@ -104,6 +104,8 @@ class ShardedStep:
             fix = "Shard a step of jzero.make_train_step, or write an evaluation step of your own and shard that."
             raise TypeError(explain(WHO, "only a TrainStep knows its loss", found=[f"got {self.fn!r}"], fix=fix))
         arrays, statics = split_statics(state)
+        if self._options.moves_state:
+            arrays = arrays._replace(opt_state=None)  # wherever it is: a loss does not want it
         key = (*leaves.signature(arrays), statics, *leaves.signature(batch))
         if key not in self._evaluations:
             self._evaluations[key] = programs.evaluation(self.fn, self._options, self._layout(arrays), statics, batch)

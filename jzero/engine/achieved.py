@@ -109,10 +109,9 @@ def lines(found: list[Fault]) -> list[str]:
 def _rests_elsewhere(subject: Subject) -> Iterator[Fault]:
     """What the compiler keeps of the state between steps lies where the stage wants it, leaf by leaf, in and out."""
     layout, compiled = subject.layout, subject.compiled
-    given, returned = compiled.input_shardings[0][0], compiled.output_shardings[0]
-    rows, every = [], zip(
-        layout.placements, layout.avals, layout.shardings, *map(jax.tree.leaves, (given, returned)), strict=True
-    )  # fmt: skip
+    given, returned = map(jax.tree.leaves, (compiled.input_shardings[0][0], compiled.output_shardings[0]))
+    returned = [*given[: subject.trace.kept], *returned]
+    rows, every = [], zip(layout.placements, layout.avals, layout.shardings, given, returned, strict=True)
     for placement, aval, want, *met in every:
         wrong = [where for where in met if not where.is_equivalent_to(want, len(aval.shape))]
         rows += [[placement.leaf.path, short(aval), place(where), f"asked for {place(want)}"] for where in wrong[:1]]
@@ -126,7 +125,7 @@ def _rests_elsewhere(subject: Subject) -> Iterator[Fault]:
 
 def _not_donated(subject: Subject) -> Iterator[Fault]:
     """Every state leaf's memory is given to the new state."""
-    if not subject.options.donate:
+    if not subject.options.donate or subject.trace.kept:
         return
     num_leaves, parameters = len(subject.layout.avals), subject.measured.parameters
     num_batch = len(jax.tree.leaves(subject.compiled.input_shardings[0])) - num_leaves

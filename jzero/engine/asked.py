@@ -11,7 +11,7 @@ from jzero import stages
 from jzero._errors import explain, suggest
 from jzero.engine.layout import Options
 from jzero.offload import Offload, Tier, tier
-from jzero.offload.asked import Place
+from jzero.offload.asked import NVME, Place
 from jzero.pipeline import schedules
 from jzero.pipeline.model import Pipeline
 from jzero.pipeline.schedule import Schedule
@@ -28,7 +28,7 @@ def options(
     """The keyword arguments of `jzero.shard` as one value, or the error that says which is wrong."""
     row = stages.get(stage)
     _check_step(fn)
-    _check_offload(fn, offload)
+    _check_offload(fn, offload, donate)
     remat = _saving(remat, offload)
     policy = remats.get(remat)
     if policy is not None and not isinstance(fn, TrainStep):
@@ -67,12 +67,19 @@ def _check_step(fn: Any) -> None:
         raise TypeError(explain(WHO, "a step is callable", found=[f"got {type(fn).__name__}"], fix=fix))
 
 
-def _check_offload(fn: Any, offload: Any) -> None:
+def _check_offload(fn: Any, offload: Any, donate: Any) -> None:
     if offload is None:
         return
     if not isinstance(offload, Offload):
         found, fix = [f"offload={offload!r}"], 'Write offload=jzero.Offload(opt_state="host").'
         raise TypeError(explain(WHO, "offload= is a jzero.Offload", found=found, fix=fix))
+    nvme = [name for name in ("opt_state", "params") if (place := offload.place_of(name)) and place.kind == NVME]
+    if "params" in nvme:
+        found, fix = [f"params={offload.params!r}"], f"Write opt_state={offload.params!r} and params='host' or None."
+        raise NotImplementedError(explain(WHO, "parameters cannot rest on NVMe: every step reads them", found=found, fix=fix))
+    if nvme and not donate:
+        found, fix = [f"donate=False with {offload}"], "Leave donate= out; checkpoints keep old states."
+        raise ValueError(explain(WHO, "a step writes over the files that hold the state before the last", found=found, fix=fix))
     if not isinstance(fn, TrainStep):
         found = [f"{offload} with a step that makes its own update"]
         fix = "Let jzero make the update, so that it can be cut: jzero.make_train_step(loss_fn, optimizer)."

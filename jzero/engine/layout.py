@@ -118,6 +118,7 @@ class Trace:
     num_scalars: int = 0  # in the all-reduce that ends the gradient
     pipeline: dict[str, Any] = field(default_factory=dict)  # what a pipeline costs, for the report
     formula: traffic.Table | None = None  # its wire bytes
+    kept: int = 0  # leaves of the state, the first, that the program reads and does not give back
     choices: Any = ()  # of implementations of operations, with reasons (`pallas_kernels.Choice`)
 
 

@@ -269,10 +269,11 @@ class BucketProgram:
     """The compiled update of one bucket: `(leaves, grads, scales, shared, early) -> leaves`, the leaves donated.
 
     A bucket of one group that is larger than a bucket should be takes its leaves where they rest and fetches slices of them
-    itself, if its update is elementwise.
+    itself, if its update is elementwise. With `keeps_params` old parameters stay valid; new ones take the memory of the
+    gradients where these have their dtype.
     """
 
-    def __init__(self, plan: Update, bucket: Bucket, options: Options):
+    def __init__(self, plan: Update, bucket: Bucket, options: Options, *, keeps_params: bool = False):
         self.plan, self.bucket = plan, bucket
         self.members = (*bucket.params, *bucket.opt_state)
         trained, arrays = ({index: at for at, index in enumerate(part)} for part in (plan.trained, plan.arrays))
@@ -285,8 +286,12 @@ class BucketProgram:
         layout = plan.layout
         self.shardings = [(layout.shardings if self.slices else layout.on_device)[index] for index in self.members]
         self.places = [None if self.slices else layout.places[index] for index in self.members]
-        self.lowered = self._lower(layout, options)
+        self.lowered = self._lower(layout, options, keeps_params)
         self.compiled = self.lowered.compile()
+
+    def __call__(self, members: list[Any], grads: list[Any], *values: list[Any]) -> list[Any]:
+        num_params = len(self.bucket.params)
+        return self.compiled(members[:num_params], members[num_params:], grads, *values)
 
     @property
     def held_bytes(self) -> int:
@@ -336,7 +341,7 @@ class BucketProgram:
         every = [*self.plan.inputs(params, given, arrays, shared), *early]
         return [value for value, keep in zip(every, self.used, strict=True) if keep]
 
-    def _lower(self, layout: Layout, options: Options) -> Any:
+    def _lower(self, layout: Layout, options: Options, keeps_params: bool) -> Any:
         every = zip((layout.avals[index] for index in self.members), self.shardings, strict=True)
         avals = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf, sharding in every]
         params = self.bucket.params
@@ -345,15 +350,17 @@ class BucketProgram:
         shared = [*(layout.avals[index] for index in self.plan.scalars), state.step, state.rng]
         shared.append(jax.ShapeDtypeStruct((), jnp.float32))
         whole = NamedSharding(options.mesh, PartitionSpec())
+        num_params, alike = len(params), all(layout.avals[index].dtype == self.plan.accumulate_dtype for index in params)
+        own, opt_state = self.shardings[:num_params], self.shardings[num_params:]
         jitted = jax.jit(
-            self._run,
-            in_shardings=(self.shardings, [layout.on_device[index] for index in params], whole, whole, whole),
-            out_shardings=self.shardings, donate_argnums=(0,), keep_unused=True,
-            compiler_options=compiler.options(options.mesh),
+            lambda own, opt_state, grads, *values: self._run([*own, *opt_state], grads, *values),
+            in_shardings=(own, opt_state, [layout.on_device[index] for index in params], whole, whole, whole),
+            donate_argnums=(0, 1) if not keeps_params else (1, 2) if alike else (1,),
+            out_shardings=self.shardings, keep_unused=True, compiler_options=compiler.options(options.mesh),
         )  # fmt: skip
         early = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.plan.split.early]
         scales = [jax.ShapeDtypeStruct((), jnp.float32)] * self.plan.num_scales
-        return jitted.lower(avals, grads, scales, shared, early)
+        return jitted.lower(avals[:num_params], avals[num_params:], grads, scales, shared, early)
 
 
 def _move(piece: jax.Array, memory: Any, is_away: bool) -> jax.Array:

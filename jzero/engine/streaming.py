@@ -24,24 +24,30 @@ class StreamedProgram(Program):
         self, fn: TrainStep, plan: Update, options: Options, placed: Layout, statics: Statics, batch: tuple[Any, ...]
     ):  # fmt: skip
         step = offloaded.gradient_step(fn, plan)
-        lowered, trace = programs.lower(step, options, plan.rest_layout, statics, batch)
+        self.keeps = any(one.can_fail for one in options.tiers.values())  # the state that came in, until all is well
+        lowered, trace = programs.lower(step, options, plan.rest_layout, statics, batch, keeps_params=self.keeps)
         super().__init__(placed, statics, lowered, trace)
         self.own_layout, self.plan, self.options = plan.rest_layout, plan, options
         self.skips = fn.skip_nonfinite
-        self.buckets = [BucketProgram(plan, bucket, options) for bucket in plan.buckets]
+        self.buckets = [BucketProgram(plan, bucket, options, keeps_params=self.keeps) for bucket in plan.buckets]
 
     def call(self, state: Any, *batch: Any) -> tuple[Any, Any]:
         """The gradient program is only dispatched when the first two buckets start on their way."""
         plan, old = self.plan, jax.tree.leaves(state)
+        number = int(state.step) if self.keeps else 0
         rest, (metrics, carried) = self.compiled(plan.rest(state), *batch)
-        new = dict(zip(plan.kept, jax.tree.leaves(rest), strict=True)) | {index: old[index] for index in plan.arrays}
-        stream = Stream([self._leaves(one, new) for one in self.buckets], self.options.tiers, gives_up=self.options.donate)
-        stream.start()
+        given_back = plan.kept[self.trace.kept :]
+        new = dict(enumerate(old)) | dict(zip(given_back, jax.tree.leaves(rest), strict=True))
+        gives_up = self.options.donate and not self.keeps
+        stream = Stream([self._leaves(one, new) for one in self.buckets], self.options.tiers, gives_up=gives_up)
+        stream.start(number)
         if self.skips and not bool(carried.proceed):
             stream.cancel()
         else:
             for program, leaves in zip(self.buckets, stream.run(self._update(carried)), strict=True):
                 new |= zip(program.members, leaves, strict=True)
+        if self.keeps and self.options.donate:
+            _let_go(old, new)
         return jax.tree.unflatten(self.layout.treedef, [new[index] for index in range(len(old))]), metrics
 
     def _leaves(self, program: BucketProgram, state: dict[int, Any]) -> Leaves:
@@ -52,12 +58,20 @@ class StreamedProgram(Program):
         def update(number: int, leaves: list[jax.Array]) -> list[jax.Array]:
             program = self.buckets[number]
             grads = [carried.grads[at] for at in program.param_at]
-            new = program.compiled(leaves, grads, carried.scales, carried.shared, carried.early)
+            new = program(leaves, grads, carried.scales, carried.shared, carried.early)
             for grad in grads:
-                grad.delete()
+                if not grad.is_deleted():
+                    grad.delete()
             return new
 
         return update
+
+
+def _let_go(old: list[Any], new: dict[int, Any]) -> None:
+    """Give up the leaves of the old state that the new one does not share: as donation would have, but after the step."""
+    for index, leaf in enumerate(old):
+        if isinstance(leaf, jax.Array) and leaf is not new[index]:
+            leaf.delete()
 
 
 def report(program: StreamedProgram, found: Report) -> Report:
@@ -70,7 +84,8 @@ def report(program: StreamedProgram, found: Report) -> Report:
     resting = {role: dict(figure) for role, figure in found.bytes_at_rest.items()}
     beside = {index for index in plan.arrays if layout.places[index] is None}
     for bucket in program.buckets:
-        given = bucket.compiled.input_shardings[0][0]
+        own, opt_state, *_ = bucket.compiled.input_shardings[0]
+        given = [*own, *opt_state]
         for index, sharding in zip(bucket.members, given, strict=True):
             if index in beside:  # optimizer state that rests on the device; the gradient program does not take it
                 figure = resting["opt_state"]
@@ -91,10 +106,12 @@ def report(program: StreamedProgram, found: Report) -> Report:
         "moved_bytes": sum(row["moved_bytes"] for row in buckets),
         "gradient_temp_bytes": found.temp_bytes,
         "grad_bytes": grads,
+        "places": {tier.name: tier.describe() for tier in program.options.tiers.values()},
         "settings": str(program.options.offload),
     }
     return replace(
         found, bytes_at_rest=resting, temp_bytes=temp, peak_bytes=on_device + temp, leaves=rows, offload=offload,
+        findings=[*found.findings, *(line for tier in program.options.tiers.values() for line in tier.findings)],
         num_compiled=found.num_compiled + len(program.buckets),
     )  # fmt: skip
 

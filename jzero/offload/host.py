@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -45,7 +45,13 @@ class HostTier:
         targets = [sharding.with_memory_kind(KIND) for sharding in shardings]
         return [jax.block_until_ready(copy) for copy in _copied(leaves, targets)]
 
-    def begin(self) -> None:
+    can_fail = False
+    findings: ClassVar[list[str]] = []
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+    def begin(self, step: int, buckets: Sequence[Sequence[Any]]) -> None:
         pass
 
     def fetch(self, leaves: Sequence[jax.Array], shardings: Sequence[Any]) -> Copies:
@@ -56,6 +62,9 @@ class HostTier:
         return Copies(_copied(arrays, targets), arrays)
 
     def end(self) -> None:
+        pass
+
+    def cancel(self) -> None:
         pass
 
 

@@ -30,6 +30,10 @@ class Journey:
     def _of(self, place: Place, values: Sequence[Any]) -> list[Any]:
         return [values[index] for index in self.members[place]]
 
+    def at_rest(self, place: Place) -> list[Any]:
+        """The leaves that rest at one place."""
+        return self._of(place, self.leaves.at_rest)
+
     def arrive(self) -> "Arriving":
         at_rest, shardings = self.leaves.at_rest, self.leaves.shardings
         moving = {
@@ -92,18 +96,32 @@ class Stream:
         self.journeys = [Journey(leaves, tiers) for leaves in buckets]
         self.tiers, self.gives_up, self.arriving = tiers, gives_up, []
 
-    def start(self) -> None:
-        for tier in self.tiers.values():
-            tier.begin()
+    def start(self, step: int) -> None:
+        """`step`: updates made so far."""
+        for place, tier in self.tiers.items():
+            tier.begin(step, [journey.at_rest(place) for journey in self.journeys if place in journey.members])
         self.arriving = [journey.arrive() for journey in self.journeys[: self.AHEAD]]
 
     def cancel(self) -> None:
         """The step is skipped: nothing moves back."""
         for arriving in self.arriving:
             arriving.drop()
+        self.stop()
+
+    def stop(self) -> None:
+        """The step ends here, skipped or failed."""
+        for tier in self.tiers.values():
+            tier.cancel()
 
     def run(self, update: Callable[[int, list[jax.Array]], list[jax.Array]]) -> list[list[Any]]:
         """`update(number, arrays)` for every bucket; the new leaves at rest, bucket by bucket."""
+        try:
+            return self._run(update)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _run(self, update: Callable[[int, list[jax.Array]], list[jax.Array]]) -> list[list[Any]]:
         left = []
         for number, journey in enumerate(self.journeys):
             leaving = journey.leave(update(number, self.arriving[number].result()))

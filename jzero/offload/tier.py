@@ -4,12 +4,13 @@ A step with offload is several programs. The first computes the gradient and wha
 together; it never sees the leaves that rest elsewhere (`params` in host memory apart, which it fetches at use). Then the driver
 (`jzero/offload/stream.py`) walks the buckets, a bucket being some leaves of the state that are updated together:
 
-    tier.begin()                                  before the first fetch; no `end` follows where the step was skipped
+    tier.begin(step, buckets)                     before the first fetch, with all that will be fetched, in order
     arriving = tier.fetch(leaves, shardings)      returns at once; called for bucket i + 1 while bucket i is computed
     arrays = arriving.result()                    arrays on the device, or on their way there
     leaving = tier.put_back(leaves, arrays)       returns at once; `arrays` are the tier's now, to delete when they are copied
     leaving.result()                              the leaves at rest; the device memory of `arrays` is free again
     tier.end()                                    every bucket has left: make it one consistent whole, or raise
+    tier.cancel()                                 instead of it, where the step was skipped or failed
 
 At most two buckets are on the device at any time: the driver asks for bucket i + 2 only after bucket i's `leaving.result()`.
 All calls come from one thread, in order; what runs beside it is the tier's affair.
@@ -24,7 +25,7 @@ from typing import Any, Protocol
 
 import jax
 
-from jzero.offload.asked import HOST, Place
+from jzero.offload.asked import HOST, NVME, Place
 
 
 class Moving(Protocol):
@@ -43,6 +44,15 @@ class Tier(Protocol):
         """As the report prints it: `pinned_host`, `nvme:/data/swap`."""
         ...
 
+    @property
+    def findings(self) -> list[str]:
+        """What a reader of the report should know."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Figures of this place for the report, as plain data."""
+        ...
+
     def check(self, leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]]) -> None:
         """Refuse what cannot be held, before anything is allocated: a five-part error that names the setting to change.
 
@@ -59,7 +69,14 @@ class Tier(Protocol):
         """Copies of arrays (from anywhere) at rest here; waits. For `init` (a bucket at a time), `place` and restore."""
         ...
 
-    def begin(self) -> None: ...
+    @property
+    def can_fail(self) -> bool:
+        """Whether a step may fail here for reasons of its own (a full disk). Then it leaves the state it was given intact."""
+        ...
+
+    def begin(self, step: int, buckets: Sequence[Sequence[Any]]) -> None:
+        """`step`: updates made so far. `buckets`: the leaves that will be fetched together, in order."""
+        ...
 
     def fetch(self, leaves: Sequence[Any], shardings: Sequence[Any]) -> Moving: ...
 
@@ -68,6 +85,8 @@ class Tier(Protocol):
         ...
 
     def end(self) -> None: ...
+
+    def cancel(self) -> None: ...
 
 
 def tier(place: Place) -> Tier:
@@ -81,4 +100,10 @@ def _host(place: Place) -> Tier:
     return HostTier()
 
 
-_MAKERS: dict[str, Callable[[Place], Tier]] = {HOST: _host}
+def _nvme(place: Place) -> Tier:
+    from jzero.offload.nvme.tier import NVMeTier
+
+    return NVMeTier(place.folder)
+
+
+_MAKERS: dict[str, Callable[[Place], Tier]] = {HOST: _host, NVME: _nvme}

@@ -1,4 +1,4 @@
-"""Parity law of offload: a step whose state rests in host memory computes what the same step computes on the device.
+"""Parity law of offload: a step whose state rests elsewhere computes what the same step computes on the device.
 
 Each of ten steps is taken twice from the same state, on the device and offloaded, and may differ by 2 units in the last place
 of the leaf's largest number: two programs round differently (a product and a sum may be one operation or two), and where a
@@ -6,6 +6,7 @@ parameter and its update cancel, the element's own last place says nothing of th
 """
 
 import functools
+import tempfile
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from closeness import assert_same_others, on_host
 from pairwise import label, pairwise
 
 import jzero
+from jzero.offload.nvme.array import DiskArray
 
 NUM_STEPS = 10
 ULPS = 2  # issue 6
@@ -31,6 +33,8 @@ MIXES = {
     "opt in buckets": {"opt_state": "host", "bucket_bytes": 1000},  # several to a bucket, and leaves in slices
     "params": {"params": "host"},
     "both": {"opt_state": "host", "params": "host", "bucket_bytes": 2000},
+    "nvme": {"opt_state": "nvme", "bucket_bytes": 1000},
+    "nvme and host": {"opt_state": "nvme", "params": "host", "fraction": 0.8, "bucket_bytes": 4000},
     "part": {"opt_state": "host", "params": "host", "fraction": 0.6, "bucket_bytes": 4000},
 }
 OPTIMIZERS = {
@@ -47,6 +51,7 @@ FACTORS = {
 IN_SHORT = (  # on a network of two layers
     ("opt in buckets", 3, "8", "fp16", "adamw"),
     ("both", 1, "2", "fp32", "clipped"),
+    ("nvme", 3, "8", "fp16", "multi_steps"),
 )
 
 
@@ -68,6 +73,17 @@ GPT = Model(small_gpt.mean_loss, functools.partial(small_gpt.make_params, tied=F
 TINY = Model(tiny.loss_fn, tiny.make_params, (tiny.batch(rows=48),))
 
 
+@functools.cache
+def swap_folder():
+    return tempfile.TemporaryDirectory()
+
+
+def offload(mix):
+    """What `mix` asks for; files go into a folder of this session."""
+    places = {name: f"nvme:{swap_folder().name}" if value == "nvme" else value for name, value in MIXES[mix].items()}
+    return jzero.Offload(**places)
+
+
 def steps(entry, model):
     """The step on the device, and offloaded."""
     trainable = (lambda path: "embed" not in path) if entry.optimizer == "frozen" else None
@@ -75,7 +91,7 @@ def steps(entry, model):
         model.loss, OPTIMIZERS[entry.optimizer](), precision=entry.precision, accumulate=2, clip_norm=1.0, trainable=trainable
     )
     options = {"stage": entry.stage, "mesh": meshes.make(entry.mesh), "min_shard_elements": small_gpt.MIN_SHARD_ELEMENTS}
-    return jzero.shard(fn, **options), jzero.shard(fn, **options, offload=jzero.Offload(**MIXES[entry.mix]))
+    return jzero.shard(fn, **options), jzero.shard(fn, **options, offload=offload(entry.mix))
 
 
 def with_scale(state, scale):
@@ -94,10 +110,10 @@ def assert_close(actual, expected):
 
 
 def assert_at_rest(step, state):
-    """Every leaf is where the step's shardings say, memory kind included; returns how many are in host memory."""
+    """Every leaf is where the step's shardings say, memory kind included; returns how many are off the device."""
     leaves, shardings = jax.tree.leaves(state), jax.tree.leaves(step.shardings(state))
     assert [leaf.sharding for leaf in leaves] == shardings
-    return sum(leaf.sharding.memory_kind == "pinned_host" for leaf in leaves)
+    return sum(isinstance(leaf, DiskArray) or leaf.sharding.memory_kind == "pinned_host" for leaf in leaves)
 
 
 def check(entry, model):
