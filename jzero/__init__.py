@@ -12,6 +12,8 @@ from jzero.checkpoint import save as save
 from jzero.doctor import doctor as doctor
 from jzero.mesh import make_mesh as make_mesh
 from jzero.offload import Offload as Offload
+from jzero.offload import offload_states as offload_states
+from jzero.offload import reload_states as reload_states
 from jzero.pipeline import schedules as schedules
 from jzero.pipeline.model import Pipeline as Pipeline
 from jzero.plan import plan as plan

@@ -238,7 +238,9 @@ def shard(
       mesh: any mesh with Auto axes and an axis `data`; None puts all devices on `data`. An axis `replica` repeats the shards.
       params: state -> the subtree that is the parameters, where it cannot be found.
       rules: ordered `(regex, PartitionSpec)` or `callable(path, leaf) -> PartitionSpec | None`; the first match wins.
-      remat: "none", "full", "dots" or a jax policy, for each layer of jzero's models, or else for the loss as a whole.
+      remat: "none", "full", "dots" or a jax policy, for each layer of jzero's models, or else for the loss as a whole;
+        "offload_dots" and "offload:NAME,..." save in host memory.
+      offload: a `jzero.Offload`: what rests off the device between its uses (docs/offload.md). For a `TrainStep`.
       schedule: of a `jzero.Pipeline` on a mesh with an axis `pipe`: a name ("1f1b", the default, "gpipe", "interleaved",
         "zb_h1", "breadth_first") or a `jzero.schedules.Schedule`. `accumulate` is its number of microbatches.
       min_shard_elements: smaller leaves stay replicated.
@@ -251,7 +253,7 @@ def shard(
 
     Raises:
       ValueError, TypeError: bad arguments, a batch that does not divide, roles that cannot be decided, a state elsewhere.
-      NotImplementedError: `offload=`, until it exists.
+      NotImplementedError: `offload=` of a step that makes its own update.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

@@ -356,6 +356,14 @@ TABLE: dict[str, Callable[[], Bad]] = {
         lambda: jzero.Offload(activations="host", fraction=0.5), ValueError, "no effect", ("fraction=0.5",), "params=",
         who=OFFLOAD,
     ),
+    "activations under a policy that saves nothing": lambda: Bad(
+        shard(jzero.make_train_step(loss, TX), remat="full", offload=jzero.Offload(activations="host")), ValueError,
+        "activations= would have no effect", ("remat='full'",), "remat='dots'", "remat policy's choice",
+    ),
+    "offload of activations without a name": lambda: Bad(
+        shard(jzero.make_train_step(loss, TX), remat="offload:"), ValueError, "names nothing to offload", ("'offload:'",),
+        "offload:hidden",
+    ),
     "offload of an optimizer without arrays": lambda: Bad(
         offloads(optax.sgd(0.1)), ValueError, "opt_state= would have no effect",
         ("no arrays of this role",), "Leave opt_state= out", who=OFFLOAD,

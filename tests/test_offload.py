@@ -186,3 +186,36 @@ def test_evaluation_reads_parameters_from_host_memory():
     loss = step.evaluate(state, tiny.batch())["loss"]
     assert float(loss) == pytest.approx(float(tiny.loss_fn(tiny.make_params(), tiny.batch())), rel=1e-6)
     assert kinds(state.params) == ["pinned_host"] * 3
+
+
+def test_a_state_moves_away_and_back():
+    for offload in (None, jzero.Offload(opt_state="host")):
+        train_step = jzero.make_train_step(tiny.loss_fn, optax.adamw(1e-2))
+        step = jzero.shard(train_step, stage=3, min_shard_elements=1, offload=offload)
+        state = step.init(lambda train_step=train_step: train_step.init(tiny.make_params()))
+        before, old = jax.device_get(state.params), jax.tree.leaves(state.params)
+        away = jzero.offload_states(state)
+        assert set(kinds((away.params, away.opt_state[0].mu))) == {"pinned_host"}
+        assert all(leaf.is_deleted() for leaf in old)
+        with pytest.raises(ValueError, match="not where this step keeps them"):
+            step(away, tiny.batch())
+        back = jzero.reload_states(away, step)
+        assert [leaf.sharding for leaf in jax.tree.leaves(back)] == jax.tree.leaves(step.shardings(back))
+        jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(back.params))
+        step(back, tiny.batch())
+
+
+def test_checkpoints_are_written_from_and_read_to_where_the_state_rests(tmp_path):
+    step, make_state = make(offload=jzero.Offload(opt_state="host", params="host", fraction=0.9))
+    state, _ = step(step.init(make_state), tiny.batch())
+    jzero.save(tmp_path / "one", state)
+    same = jzero.restore(tmp_path / "one", step)
+    assert [leaf.sharding for leaf in jax.tree.leaves(same)] == [leaf.sharding for leaf in jax.tree.leaves(state)]
+    plain = jzero.shard(step.fn, stage=1, min_shard_elements=1)
+    elsewhere = jzero.restore(tmp_path / "one", plain)
+    assert set(kinds(elsewhere)) == {"device"}
+    for other in (same, elsewhere):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(other.opt_state), jax.device_get(state.opt_state))
+    (after, metrics), (expected, others) = step(same, tiny.batch()), plain(elsewhere, tiny.batch())
+    assert float(metrics["loss"]) == pytest.approx(float(others["loss"]), rel=1e-6)
+    assert int(after.step) == int(expected.step) == 2

@@ -70,10 +70,22 @@ class Subject(NamedTuple):
 
 def faults(subject: Subject) -> list[Fault]:
     """Every promise of the stage that the compiled program breaks."""
-    checks = [_rests_elsewhere, _not_donated]
+    checks = [_rests_elsewhere, _not_donated, _saved_on_the_device]
     if subject.options.mesh.size > 1:
         checks += [_gathered_outside_its_use, _kept_whole, _reduced_in_a_loop, _gathered_wide, _shuffled]
     return [fault for check in checks for fault in check(subject)]
+
+
+def _saved_on_the_device(subject: Subject) -> Iterator[Fault]:
+    """Activations that were to be saved in host memory are there, as far as the compiler shows it."""
+    if not subject.options.saves_on_host or not memory.shows_host(subject.options.mesh):
+        return
+    if not memory.bytes_saved_on_host(subject.compiled, subject.measured.module):
+        yield Fault(
+            "nothing is saved in host memory",
+            ("the compiled program has no array in host memory beside its arguments",),
+            "Name what the layers save: checkpoint_name(x, 'hidden') in the layer, and remat='offload:hidden'.",
+        )
 
 
 def error(found: list[Fault], options: Options, who: str) -> StageNotAchieved:

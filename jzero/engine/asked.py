@@ -29,6 +29,7 @@ def options(
     row = stages.get(stage)
     _check_step(fn)
     _check_offload(fn, offload, donate)
+    remat = _saving(remat, offload)
     policy = remats.get(remat)
     if policy is not None and not isinstance(fn, TrainStep):
         found = [f"remat={remat!r} with a step that computes its own gradient"]
@@ -50,9 +51,13 @@ def options(
     mesh = meshes.make_mesh() if mesh is None else mesh
     meshes.check_mesh(mesh)
     table = _schedule(fn, mesh, schedule)
+    if table is not None and remats.is_offloading(remat):
+        found = [f"remat={remat!r} on a mesh with {table.num_pipe_stages} pipe stages"]
+        fix = "Offload activations without a pipeline, or save fewer: remat='full' and a schedule such as 1f1b."
+        raise NotImplementedError(explain(WHO, "a pipeline saves no activations in host memory", found=found, fix=fix))
     return Options(
         row, mesh, params, tuple(rules), policy, min_shard_elements, on_indivisible, donate, strict, table, offload,
-        _tiers(offload),
+        _tiers(offload), remats.is_offloading(remat),
     )  # fmt: skip
 
 
@@ -79,6 +84,18 @@ def _check_offload(fn: Any, offload: Any, donate: Any) -> None:
         found = [f"{offload} with a step that makes its own update"]
         fix = "Let jzero make the update, so that it can be cut: jzero.make_train_step(loss_fn, optimizer)."
         raise NotImplementedError(explain(WHO, "only a TrainStep's state can be offloaded", found=found, fix=fix))
+
+
+def _saving(remat: Any, offload: Offload | None) -> Any:
+    """The remat policy, or its like that saves in host memory where `activations="host"` asks for it."""
+    if offload is None or offload.activations is None or remats.is_offloading(remat):
+        return remat
+    if remat not in (None, "dots"):
+        found = [f"activations={offload.activations!r} with remat={remat!r}"]
+        context = "what is saved for the backward pass is the remat policy's choice, and so is where"
+        fix = f"Pass remat='dots' or leave it out, or name what is saved: remat='{remats.BY_NAME}hidden'."
+        raise ValueError(explain(WHO, "activations= would have no effect", found=found, context=context, fix=fix))
+    return "offload_dots"
 
 
 def _tiers(offload: Offload | None) -> dict[Place, Tier]:

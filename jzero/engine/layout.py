@@ -41,6 +41,8 @@ class Options:
     offload: Offload | None = None
     tiers: Mapping[Place, Tier] = field(default_factory=dict)  # of the places that `offload` names
 
+    saves_on_host: bool = False  # whether the remat policy saves activations in host memory
+
     @property
     def moves_state(self) -> bool:
         """Whether a part of the state rests off the device, so that the step is several programs."""

@@ -196,7 +196,10 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
     found += [
         f"waits for the host: {one.what} of {one.bytes:,} bytes from {one.source or one.op_name or 'the compiler'}"
         for one in hlo.host_transfers(measured.module)[:10]
+        if one.what != "copy" or not (options.saves_on_host or options.offload)  # asked for
     ]
+    if options.saves_on_host and not memory.shows_host(options.mesh):
+        found.append("this compiler does not show memories apart: whether activations are saved in host memory is not checked")
     strays = [one for one in audits.shuffles(measured) if not (trace.pipeline and "ppermute" in one.op_name)]
     found += [f"nobody asked for: {audits.describe(one, options.mesh)}" for one in strays[:10]]
     found += [

@@ -4,5 +4,7 @@
 """
 
 from jzero.offload.asked import Offload as Offload
+from jzero.offload.states import offload_states as offload_states
+from jzero.offload.states import reload_states as reload_states
 from jzero.offload.tier import Tier as Tier
 from jzero.offload.tier import tier as tier
