@@ -58,8 +58,8 @@ class StreamedProgram(Program):
 
     def _leaves(self, program: SlicedProgram, number: int, state: dict[int, Any]) -> Leaves:
         chosen = [program.members.index(index) for index in program.fetched]
-        placed = [[every[at] for at in chosen] for every in (program.shardings, program.places)]
-        return Leaves(program.at_rest(state, number), *placed)
+        shardings, places = [program.shardings[at] for at in chosen], [program.places[at] for at in chosen]
+        return Leaves(program.at_rest(state, number), shardings, places)
 
     def _update(self, carried: Carried, old: list[Any], in_work: dict[SlicedProgram, list[jax.Array]]) -> Any:
         """What each round computes; `in_work` gets the parameters that are made in several rounds."""

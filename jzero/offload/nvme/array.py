@@ -1,6 +1,7 @@
 """A leaf that rests in files: an array-like of the state's pytree, read when somebody wants its numbers."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,7 +186,8 @@ class DiskArray(NDArrayOperatorsMixin):
         return f"DiskArray({self.path} {kind} in {self._swap.folder}, generation {self.generation}{gone})"
 
 
-class DiskRows(NamedTuple):
+@dataclass(frozen=True)
+class DiskRows:
     """Some rows of a leaf on disk, as a step fetches and writes them where the whole leaf is too large."""
 
     whole: DiskArray
@@ -222,4 +224,4 @@ class DiskRows(NamedTuple):
         self.whole.check_alive()
 
     def after(self) -> "DiskRows":
-        return self._replace(whole=self.whole.after())
+        return replace(self, whole=self.whole.after())
