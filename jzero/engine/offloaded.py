@@ -52,6 +52,7 @@ class Update:
     bucket_bytes: int
     accumulate_dtype: Any
     num_scales: int
+    late: frozenset[int] = frozenset()  # numbers of small leaves of the optimizer's that need its arrays: they go with a bucket
 
     @cached_property
     def trained(self) -> list[int]:
@@ -61,12 +62,13 @@ class Update:
     @cached_property
     def arrays(self) -> list[int]:
         """The numbers of the optimizer's arrays, which the gradient program does not see."""
-        return [index for index in _opt_leaves(self.layout) if can_go(self.layout.placements[index].leaf)]
+        goes = lambda index: index in self.late or can_go(self.layout.placements[index].leaf)
+        return [index for index in _opt_leaves(self.layout) if goes(index)]
 
     @cached_property
     def scalars(self) -> list[int]:
         """The numbers of the rest of it: counters, rates, small tables that all leaves share."""
-        return [index for index in _opt_leaves(self.layout) if not can_go(self.layout.placements[index].leaf)]
+        return [index for index in _opt_leaves(self.layout) if index not in self.arrays]
 
     @cached_property
     def kept(self) -> list[int]:
@@ -173,6 +175,9 @@ def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
     mask = parameters.trainable_mask(state.params, step.trainable)
     bare = Update(layout, mask, None, [], 0, step.policy.accumulate, 1 + (step.clip_norm is not None))  # pyrefly: ignore[bad-argument-type]
     found = splitting.split(*_traced(step, bare), num_scalars=len(bare.scalars))
+    while found.late:  # scales of 8-bit moments, say
+        bare = replace(bare, late=bare.late | {bare.scalars[at] for at in found.late})
+        found = splitting.split(*_traced(step, bare), num_scalars=len(bare.scalars))
     size = _bucket_bytes(layout, options)
     return replace(bare, split=found, buckets=packing.pack(_groups(bare, found), size), bucket_bytes=size)
 
@@ -259,8 +264,8 @@ class GradientStep(TrainStep):
             for grad, index in zip(sums.grads, plan.trained, strict=True)
         ]
         whole = NamedSharding(plan.layout.mesh, PartitionSpec())
-        scales, shared, early = jax.lax.with_sharding_constraint((scales, shared, early), whole)
-        return after, (metrics, Carried(placed, scales, verdict.proceed, shared, early))
+        rest = jax.lax.with_sharding_constraint((scales, verdict.proceed, shared, early), whole)
+        return after, (metrics, Carried(placed, *rest))
 
 
 def gradient_step(step: TrainStep, plan: Update) -> GradientStep:

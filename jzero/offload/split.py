@@ -33,6 +33,7 @@ class Split(NamedTuple):
     consts: list[Any]
     early: list[Any]  # values that are computed before the buckets
     groups: list[list[int]]  # nodes that are updated together
+    late: list[int]  # of the outputs that the first program was to compute, those that it cannot
 
     def first(self, outputs: Sequence[bool]) -> tuple[Any, list[bool]]:
         """The program of the chosen outputs and the early values; and which inputs it takes."""
@@ -57,10 +58,10 @@ def split(jaxpr: Any, inputs: Sequence[Input], num_params: int, names: Sequence[
       inputs: one for each input of `jaxpr`.
       num_params: nodes below it are parameters.
       names: of all nodes, for the error.
-      num_scalars: the last outputs, which the first program computes too.
+      num_scalars: the last outputs, which the first program is to compute.
 
     Raises:
-      ValueError: two parameters meet in something that can be computed only where their moments are, or a scalar needs it.
+      ValueError: two parameters meet in something that can be computed only where their moments are.
     """
     jaxpr, consts = _compat.without_constants(_compat.inlined(jaxpr))
     inputs = [*[Input(None, False)] * len(consts), *inputs]
@@ -84,12 +85,11 @@ def split(jaxpr: Any, inputs: Sequence[Input], num_params: int, names: Sequence[
             meetings.note(together, eqn)
         values |= {var: _Value(*item) for var, *item in zip(eqn.outvars, nodes, at_hand, strict=True)}
     scalars = jaxpr.outvars[len(jaxpr.outvars) - num_scalars :]
-    late = [var for var in scalars if not isinstance(var, _compat.Literal) and not values[var].is_at_hand]
-    for var in late:
-        _refuse([f"a scalar of its state needs the moments: {_compat.where(_maker(jaxpr, var))}"])
+    is_late = lambda var: not isinstance(var, _compat.Literal) and not values[var].is_at_hand
+    late = [index for index, var in enumerate(scalars) if is_late(var)]
     groups = meetings.groups()
     _check(groups, num_params, names, meetings)
-    return Split(jaxpr, consts, _frontier(jaxpr, values), groups)
+    return Split(jaxpr, consts, _frontier(jaxpr, values), groups, late)
 
 
 def _nodes(eqn: Any, given: list[int]) -> list[int]:
@@ -149,10 +149,6 @@ class _Meetings:
         for node in range(len(self.parents)):
             found[self.root(node)].append(node)
         return list(found.values())
-
-
-def _maker(jaxpr: Any, var: Any) -> Any:
-    return next(eqn for eqn in jaxpr.eqns if var in eqn.outvars)
 
 
 def _check(groups: list[list[int]], num_params: int, names: Sequence[str], meetings: _Meetings) -> None:
