@@ -186,6 +186,22 @@ def test_the_report_says_where_and_how_much(step):
     assert "updated in 4 buckets" in str(step.report(state, batch()))
 
 
+def test_with_what_else_there_is(tmp_path):
+    """8-bit moments in files, `verify`, `evaluate`, `offload_states` and back."""
+    tx = jzero.optim.moments_8bit(optax.adamw(1e-2), min_elements=64)
+    step, plain = make_step(tmp_path / "swap", tx=tx), make_step(None, tx=tx)
+    state, loss = train(step, make_state(step))
+    assert loss == pytest.approx(train(plain, make_state(plain))[1], rel=1e-4)
+    assert isinstance(state.opt_state.inner[0].mu["w0"], DiskArray)
+    assert state.opt_state.inner[0].mu["w0"].dtype == np.uint8
+    jzero.verify(step, state, batch())
+    assert float(step.evaluate(state, batch())["loss"]) == pytest.approx(
+        float(plain.evaluate(plain.place(state), batch())["loss"])
+    )
+    state = jzero.reload_states(jzero.offload_states(state), step)
+    assert int(train(step, state, 1)[0].step) == 4
+
+
 # Damage and mix-ups ---------------------------------------------------------------------------------------------------
 
 
