@@ -21,7 +21,7 @@ class Handler(type_handlers.ArrayHandler):
     """Orbax's handler of arrays, and of leaves that have to be read first."""
 
     def __init__(self) -> None:
-        known = type_handlers.get_type_handler(jax.Array)
+        known: Any = type_handlers.get_type_handler(jax.Array)
         super().__init__(array_metadata_store=known._array_metadata_store)
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:

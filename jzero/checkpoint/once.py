@@ -96,10 +96,10 @@ def _settle(step: ShardedStep, layout: Layout) -> Callable[[int, jax.Array], Any
     offloaded.check(layout, tiers)
 
     def settle(index: int, array: jax.Array) -> Any:
-        tier = tiers.get(layout.places[index])
-        if tier is None:
+        place = layout.places[index]
+        if place is None or place not in tiers:
             return array
-        (placed,) = tier.place([layout.placements[index].leaf.path], [array], [layout.on_device[index]])
+        (placed,) = tiers[place].place([layout.placements[index].leaf.path], [array], [layout.on_device[index]])
         array.delete()
         return placed
 

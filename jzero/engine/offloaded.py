@@ -20,13 +20,15 @@ from jzero.engine.layout import Layout, Options
 from jzero.offload import Tier, slices
 from jzero.offload import buckets as packing
 from jzero.offload import split as splitting
-from jzero.offload.asked import HOST, Place
+from jzero.offload.asked import HOST, NVME, Place
 from jzero.offload.buckets import Bucket
 from jzero.offload.places import bytes_on_one_device, can_go
 from jzero.offload.slices import Slices, is_elementwise
 from jzero.offload.split import Input, Split
 from jzero.step import TrainState, TrainStep, gradient, update
 from jzero.step import params as parameters
+
+LEAST_FILE_BYTES = 2**22  # of a bucket in files: less would not keep a drive busy
 
 
 class Carried(NamedTuple):
@@ -143,7 +145,7 @@ def init(make: Callable[[Any], Any], traced: Any, layout: Layout, options: Optio
 def _parts(layout: Layout, options: Options) -> list[list[int]]:
     """The numbers of the leaves that are made together."""
     assert options.offload is not None
-    size = options.offload.bucket_bytes or packing.default_bytes(options.mesh)
+    size = _bucket_bytes(layout, options)
     parts, room = [[index for index, place in enumerate(layout.places) if place is None]], 0
     for index in (index for index, place in enumerate(layout.places) if place is not None):
         needed = bytes_on_one_device(layout.placements[index].leaf, layout.on_device[index])
@@ -153,6 +155,17 @@ def _parts(layout: Layout, options: Options) -> list[list[int]]:
         parts[-1].append(index)
         room -= needed
     return parts
+
+
+def _bucket_bytes(layout: Layout, options: Options) -> int:
+    """As asked; or what the host link wants, and of what rests in files a sixteenth: four buckets of it are in host memory."""
+    assert options.offload is not None
+    if options.offload.bucket_bytes:
+        return options.offload.bucket_bytes
+    rows = zip(layout.placements, layout.on_device, layout.places, strict=True)
+    in_files = [bytes_on_one_device(one.leaf, sharding) for one, sharding, place in rows if place and place.kind == NVME]
+    wanted = packing.default_bytes(options.mesh)
+    return min(wanted, max(sum(in_files) // 16, LEAST_FILE_BYTES)) if in_files else wanted
 
 
 def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
@@ -165,7 +178,7 @@ def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
     while found.late:  # scales of 8-bit moments, say
         bare = replace(bare, late=bare.late | {bare.scalars[at] for at in found.late})
         found = splitting.split(*_traced(step, bare), num_scalars=len(bare.scalars))
-    size = options.offload.bucket_bytes or packing.default_bytes(options.mesh)
+    size = _bucket_bytes(layout, options)
     return replace(bare, split=found, buckets=packing.pack(_groups(bare, found), size), bucket_bytes=size)
 
 

@@ -4,12 +4,14 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 
 from jzero import audit
 from jzero._tree import num_bytes
 from jzero.engine import offloaded, programs, reporting
+from jzero.engine.by_slices import SlicedProgram
 from jzero.engine.layout import Layout, Options
-from jzero.engine.offloaded import BucketProgram, Carried, Update
+from jzero.engine.offloaded import Carried, Update
 from jzero.engine.programs import Program
 from jzero.engine.statics import Statics
 from jzero.offload.stream import Leaves, Stream
@@ -29,7 +31,8 @@ class StreamedProgram(Program):
         super().__init__(placed, statics, lowered, trace)
         self.own_layout, self.plan, self.options = plan.rest_layout, plan, options
         self.skips = fn.skip_nonfinite
-        self.buckets = [BucketProgram(plan, bucket, options, keeps_params=self.keeps) for bucket in plan.buckets]
+        self.buckets = [SlicedProgram(plan, bucket, options, keeps_params=self.keeps) for bucket in plan.buckets]
+        self.rounds = [(program, number) for program in self.buckets for number in range(program.num_rounds)]
 
     def call(self, state: Any, *batch: Any) -> tuple[Any, Any]:
         """The gradient program is only dispatched when the first two buckets start on their way."""
@@ -39,26 +42,37 @@ class StreamedProgram(Program):
         given_back = plan.kept[self.trace.kept :]
         new = dict(enumerate(old)) | dict(zip(given_back, jax.tree.leaves(rest), strict=True))
         gives_up = self.options.donate and not self.keeps
-        stream = Stream([self._leaves(one, new) for one in self.buckets], self.options.tiers, gives_up=gives_up)
+        stream = Stream([self._leaves(*one, new) for one in self.rounds], self.options.tiers, gives_up=gives_up)
         stream.start(number)
         if self.skips and not bool(carried.proceed):
             stream.cancel()
         else:
-            for program, leaves in zip(self.buckets, stream.run(self._update(carried)), strict=True):
-                new |= zip(program.members, leaves, strict=True)
+            in_work: dict[SlicedProgram, list[jax.Array]] = {}
+            for (program, _), leaves in zip(self.rounds, stream.run(self._update(carried, old, in_work)), strict=True):
+                new |= zip(program.fetched, map(program.whole, leaves), strict=True)
+            for program, params in in_work.items():
+                new |= zip(program.bucket.params, params, strict=True)
         if self.keeps and self.options.donate:
             _let_go(old, new)
         return jax.tree.unflatten(self.layout.treedef, [new[index] for index in range(len(old))]), metrics
 
-    def _leaves(self, program: BucketProgram, state: dict[int, Any]) -> Leaves:
-        members = program.members
-        return Leaves([state[i] for i in members], program.shardings, program.places)
+    def _leaves(self, program: SlicedProgram, number: int, state: dict[int, Any]) -> Leaves:
+        chosen = [program.members.index(index) for index in program.fetched]
+        shardings, places = [program.shardings[at] for at in chosen], [program.places[at] for at in chosen]
+        return Leaves(program.at_rest(state, number), shardings, places)
 
-    def _update(self, carried: Carried) -> Any:
+    def _update(self, carried: Carried, old: list[Any], in_work: dict[SlicedProgram, list[jax.Array]]) -> Any:
+        """What each round computes; `in_work` gets the parameters that are made in several rounds."""
+
         def update(number: int, leaves: list[jax.Array]) -> list[jax.Array]:
-            program = self.buckets[number]
+            program, index = self.rounds[number]
             grads = [carried.grads[at] for at in program.param_at]
-            new = program(leaves, grads, carried.scales, carried.shared, carried.early)
+            values = (carried.scales, carried.shared, carried.early)
+            if program.num_rounds > 1:
+                own = [old[at] for at in program.bucket.params]
+                in_work[program], new = program.compiled(own, leaves, in_work.get(program, grads), *values, np.int32(index))
+                return new
+            new = program(leaves, grads, *values)
             for grad in grads:
                 if not grad.is_deleted():
                     grad.delete()
@@ -116,7 +130,7 @@ def report(program: StreamedProgram, found: Report) -> Report:
     )  # fmt: skip
 
 
-def _figures(one: BucketProgram) -> dict[str, int]:
+def _figures(one: SlicedProgram) -> dict[str, int]:
     """One update program: bytes per device."""
     memory, layout = one.compiled.memory_analysis(), one.plan.layout
     beyond = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -125,8 +139,8 @@ def _figures(one: BucketProgram) -> dict[str, int]:
     return {
         "leaves": len(one.members),
         "moved_bytes": one.bucket.moved_bytes,
-        "held_bytes": 0 if one.slices else one.bucket.moved_bytes,  # of slices: in temp_bytes
-        "slices": one.slices.num if one.slices else 1,
+        "held_bytes": 0 if one.slices else one.held_bytes,  # of slices: in temp_bytes
+        "slices": one.slices.num if one.slices else one.num_rounds,
         "grad_bytes": sum(grads),
         "temp_bytes": int(memory.temp_size_in_bytes) + max(int(beyond), 0),
     }

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 
@@ -46,7 +46,10 @@ class HostTier:
         return [jax.block_until_ready(copy) for copy in _copied(leaves, targets)]
 
     can_fail = False
-    findings: ClassVar[list[str]] = []
+
+    @property
+    def findings(self) -> list[str]:
+        return []
 
     def describe(self) -> dict[str, Any]:
         return {}

@@ -41,12 +41,12 @@ def moments_bf16(optimizer: optax.GradientTransformation, *, seed: int = 0) -> o
     """
     inner = optax.with_extra_args_support(optimizer)
 
-    def init(params: Any) -> MomentsBf16State:
+    def init(params: Any) -> Any:
         return MomentsBf16State(
             jax.tree.map(lambda leaf: leaf.astype(_at_rest(leaf)), inner.init(params)), jnp.zeros((), jnp.int32)
         )
 
-    def update(updates: Any, state: MomentsBf16State, params: Any = None, **extra: Any) -> tuple[Any, MomentsBf16State]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if _is_narrow(leaf) else leaf, state.inner)
         updates, after = inner.update(updates, wide, params, **extra)
         key, leaves = jax.random.fold_in(jax.random.key(seed), state.count), jax.tree.leaves(after)

@@ -10,6 +10,10 @@ Codes are bytes: the magnitude's code for unsigned numbers, 127 plus or minus it
 map is computed and not looked up, which a vector unit does without gathers.
 """
 
+import functools
+import operator
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +29,7 @@ def encode(values: jax.Array, *, signed: bool) -> jax.Array:
     An unsigned number that is not zero never becomes zero: a second moment of zero would divide by nothing but epsilon.
     """
     magnitude = jnp.abs(values.astype(jnp.float32))
-    decade = sum((magnitude >= scale).astype(jnp.int32) for scale in _SCALES[:-1])
+    decade = _count(magnitude >= scale for scale in _SCALES[:-1])
     scale, count = _select(decade, _SCALES), jnp.left_shift(1, decade + (not signed))
     offset = jnp.floor((magnitude / scale - 0.1) / 0.9 * count).astype(jnp.int32)
     code = count + jnp.clip(offset, 0, count - 1) - (not signed)
@@ -40,11 +44,15 @@ def decode(codes: jax.Array, *, signed: bool) -> jax.Array:
     """The values that codes stand for, float32."""
     code = codes.astype(jnp.int32) - (127 if signed else 0)
     index = jnp.abs(code) + (not signed)
-    decade = sum((index >= 2 ** (i + (not signed))).astype(jnp.int32) for i in range(1, NUM_DECADES))
+    decade = _count(index >= 2 ** (i + (not signed)) for i in range(1, NUM_DECADES))
     count = jnp.left_shift(1, decade + (not signed))
     magnitude = _select(decade, _SCALES) * (0.1 + 0.9 * ((index - count).astype(jnp.float32) + 0.5) / count)
     magnitude = jnp.where(jnp.abs(code) == _TOP[signed], 1.0, jnp.where(code == 0, 0.0, magnitude))
     return jnp.where(code < 0, -magnitude, magnitude)
+
+
+def _count(flags: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, (flag.astype(jnp.int32) for flag in flags))
 
 
 def _select(decade: jax.Array, choices: tuple[float, ...]) -> jax.Array:

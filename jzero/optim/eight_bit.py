@@ -60,12 +60,12 @@ def moments_8bit(
     inner = optax.with_extra_args_support(optimizer)
     names = frozenset(nonnegative)
 
-    def init(params: Any) -> Moments8bitState:
+    def init(params: Any) -> Any:
         state = inner.init(params)
         _check_names(names, state)
         return _packed(state, names, min_elements)
 
-    def update(updates: Any, state: Moments8bitState, params: Any = None, **extra: Any) -> tuple[Any, Moments8bitState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         updates, after = inner.update(updates, _unpacked(state, names), params, **extra)
         return updates, _packed(after, names, min_elements)
 

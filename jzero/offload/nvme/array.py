@@ -1,6 +1,7 @@
 """A leaf that rests in files: an array-like of the state's pytree, read when somebody wants its numbers."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +113,19 @@ class DiskArray(NDArrayOperatorsMixin):
         return memory[: file.num_bytes].view(self.dtype).reshape(shape)
 
     @property
+    def extents(self) -> list[tuple[ShardFile, int, int]]:
+        """For each file the bytes of its payload that this is: `(file, start, number)`."""
+        return [(file, 0, file.num_bytes) for file in self._swap.files[self._index]]
+
+    def after(self) -> "DiskArray":
+        """The same leaf of the generation that a step is about to write."""
+        return DiskArray(self._swap, self._index, self.generation + 1)
+
+    def part(self, number: int, num_parts: int) -> "DiskRows":
+        """Rows of dim 0, which no axis splits: part `number` of `num_parts` equal ones."""
+        return DiskRows(self, number, num_parts)
+
+    @property
     def addressable_shards(self) -> list[DiskShard]:
         return list(self._shards())
 
@@ -170,3 +184,44 @@ class DiskArray(NDArrayOperatorsMixin):
         gone = ", donated" if self.is_deleted() else ""
         kind = f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
         return f"DiskArray({self.path} {kind} in {self._swap.folder}, generation {self.generation}{gone})"
+
+
+@dataclass(frozen=True)
+class DiskRows:
+    """Some rows of a leaf on disk, as a step fetches and writes them where the whole leaf is too large."""
+
+    whole: DiskArray
+    number: int
+    num_parts: int
+
+    @property
+    def swap(self) -> Swap:
+        return self.whole.swap
+
+    @property
+    def index(self) -> int:
+        return self.whole.index
+
+    @property
+    def generation(self) -> int:
+        return self.whole.generation
+
+    @property
+    def leaf(self) -> Leaf:
+        leaf = self.whole.leaf
+        return leaf._replace(shape=(leaf.shape[0] // self.num_parts, *leaf.shape[1:]))
+
+    @property
+    def path(self) -> str:
+        return self.whole.path
+
+    @property
+    def extents(self) -> list[tuple[ShardFile, int, int]]:
+        sizes = [(file, file.num_bytes // self.num_parts) for file in self.swap.files[self.index]]
+        return [(file, self.number * size, size) for file, size in sizes]
+
+    def check_alive(self) -> None:
+        self.whole.check_alive()
+
+    def after(self) -> "DiskRows":
+        return replace(self, whole=self.whole.after())

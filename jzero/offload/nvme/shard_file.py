@@ -17,10 +17,11 @@ import xxhash
 
 from jzero._errors import explain
 from jzero.offload.nvme import direct
-from jzero.offload.nvme.direct import padded
+from jzero.offload.nvme.direct import ALIGN, padded
 
 MAGIC = b"jzero-nvme 1 "
-PART_BYTES = 2**23  # of one read or write: large enough for any drive, small enough for several threads to share a leaf
+PART_BYTES = 2**23  # of one read or write, at most: enough for any drive, and several threads can share a leaf
+LEAST_BYTES = 2**20  # parts that would be smaller follow no rows
 _JSON_BYTES = 1024  # of a header without its sums and paths
 _SUM_BYTES = 20  # of one sum as JSON
 WHO = "jzero.Offload: nvme"
@@ -28,6 +29,19 @@ WHO = "jzero.Offload: nvme"
 
 class CorruptSwap(ValueError):
     """A file of a swap is not what was written; the message names it."""
+
+
+def part_bytes(num_bytes: int, num_rows: int) -> int:
+    """The parts that a payload is moved and summed in: whole rows or whole fractions of one where these fill blocks.
+
+    Then slices of rows consist of parts, and can be read and written by themselves.
+    """
+    row = num_bytes // max(num_rows, 1)
+    if row < PART_BYTES:
+        fits = [num for num in range(1, num_rows + 1) if num_rows % num == 0 and LEAST_BYTES <= row * num <= PART_BYTES]
+        return next((row * num for num in fits if row * num % ALIGN == 0), PART_BYTES)
+    fits = [num for num in range(-(-row // PART_BYTES), row // LEAST_BYTES + 1) if row % num == 0 and row // num % ALIGN == 0]
+    return row // fits[0] if fits else PART_BYTES
 
 
 class ShardFile(NamedTuple):
@@ -38,8 +52,13 @@ class ShardFile(NamedTuple):
     num_bytes: int
 
     @property
+    def part_bytes(self) -> int:
+        start, stop = (self.about["shard"] or [[0, 1]])[0]
+        return part_bytes(self.num_bytes, stop - start)
+
+    @property
     def num_parts(self) -> int:
-        return -(-self.num_bytes // PART_BYTES)
+        return -(-self.num_bytes // self.part_bytes)
 
     @property
     def header_bytes(self) -> int:
@@ -61,10 +80,11 @@ class ShardFile(NamedTuple):
         finally:
             file.close()
 
-    def parts(self, memory: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """`(offset in the payload, view)` of the pieces of `memory` (uint8[padded(num_bytes)]) that are moved at once."""
-        size = padded(self.num_bytes)
-        return [(at, memory[at : min(at + PART_BYTES, size)]) for at in range(0, self.num_bytes, PART_BYTES)]
+    def parts(self, memory: np.ndarray, start: int = 0, num_bytes: int | None = None) -> list[tuple[int, np.ndarray]]:
+        """`(offset in the payload, view of memory)` of what is moved at once, for `num_bytes` from `start`, a part's start."""
+        num_bytes, step = self.num_bytes if num_bytes is None else num_bytes, self.part_bytes
+        size = padded(num_bytes)
+        return [(start + at, memory[at : min(at + step, size)]) for at in range(0, num_bytes, step)]
 
     def write(self, slot: int, at: int, part: np.ndarray) -> str:
         """Write a part of a slot's payload; its sum, for the header. What pads the last part is no part of the sum."""

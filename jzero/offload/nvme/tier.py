@@ -16,7 +16,7 @@ from jzero.offload.nvme import folder as folders
 from jzero.offload.nvme.array import DiskArray
 from jzero.offload.nvme.pipeline import Bucket, Pipeline, fill, on_devices
 from jzero.offload.nvme.pool import Pool
-from jzero.offload.nvme.shard_file import PART_BYTES, WHO, CorruptSwap, ShardFile
+from jzero.offload.nvme.shard_file import WHO, CorruptSwap, ShardFile
 from jzero.offload.nvme.swap import Leaf, Swap
 
 NUM_LANES = 4  # one is computed; one is read beside it, one is written, and one waits for either
@@ -125,7 +125,7 @@ class NVMeTier:
             fix = "Use the whole state that the step returned last, or restore a checkpoint."
             raise ValueError(explain(WHO, problem, found=found, fix=fix))
         self._after = step + 1
-        sizes = [sum(direct.padded(file.num_bytes) for leaf in bucket for file in swap.files[leaf.index]) for bucket in buckets]
+        sizes = [sum(direct.padded(size) for leaf in bucket for _, _, size in leaf.extents) for bucket in buckets]
         if self.pool is None or self.pool.lane_bytes < max(sizes):
             self.pool = Pool(min(NUM_LANES, len(buckets)), max(sizes))
         self._pipeline = Pipeline(swap, buckets, self.pool, self._after)
@@ -137,7 +137,7 @@ class NVMeTier:
     def put_back(self, leaves: Sequence[DiskArray], arrays: Sequence[jax.Array]) -> Leaving:
         assert self._pipeline is not None
         copied = self._pipeline.put_back(leaves, arrays)
-        return Leaving([DiskArray(leaf.swap, leaf.index, leaf.generation + 1) for leaf in leaves], copied)
+        return Leaving([leaf.after() for leaf in leaves], copied)
 
     def end(self) -> None:
         """Every write has reached the drive: the new generation counts from here on, whatever happens."""
@@ -178,7 +178,8 @@ def _one_swap(leaves: Sequence[DiskArray]) -> Swap:
 def write_whole(swap: Swap, index: int, value: Any) -> None:
     """A leaf of a new state into the next generation, part by part from several threads; waits for the drive."""
     leaf = swap.leaves[index]
-    buffers = [direct.aligned(PART_BYTES) for _ in range(NUM_LANES)]
+    most = max((file.part_bytes for file in swap.files[index]), default=0)
+    buffers = [direct.aligned(most) for _ in range(NUM_LANES)]
 
     def write(file: ShardFile, at: int, flat: np.ndarray) -> str:
         buffer = buffers.pop()
@@ -191,8 +192,8 @@ def write_whole(swap: Swap, index: int, value: Any) -> None:
     with ThreadPoolExecutor(NUM_LANES, "jzero-place") as pool:
         for file, piece in zip(swap.files[index], _pieces(value, leaf), strict=True):
             flat = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-            starts = range(0, file.num_bytes, PART_BYTES)
-            sums = [pool.submit(write, file, at, flat[at : at + PART_BYTES]) for at in starts]
+            step = file.part_bytes
+            sums = [pool.submit(write, file, at, flat[at : at + step]) for at in range(0, file.num_bytes, step)]
             swap.finish(file, [one.result() for one in sums], None)
 
 
