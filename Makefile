@@ -8,7 +8,8 @@ PIP := -m pip --quiet --disable-pip-version-check install --no-compile
 WORKERS ?= 2
 BENCH_ARGS ?=
 TEST_ARGS ?=
-PYTEST := -m pytest -n $(WORKERS) $(TEST_ARGS)
+# Each worker starts with one half of the tests in order, so what a file or a table shares is made once.
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal $(TEST_ARGS)
 
 # pip compiles nothing ahead (that took 18 s of set-up), so every process keeps the bytecode of what it really imports.
 export PYTHONDONTWRITEBYTECODE :=

@@ -11,7 +11,7 @@ import jax
 from jzero import mesh as meshes
 from jzero._errors import columns, explain
 from jzero._tree import named_leaves, short
-from jzero.engine import achieved, asked, compiler, leaves, offloaded, programs, reporting, streaming
+from jzero.engine import achieved, asked, compiler, leaves, offloaded, programs, reporting, resting, streaming
 from jzero.engine.asked import WHO
 from jzero.engine.layout import Layout, Options, layout
 from jzero.engine.programs import Program
@@ -88,7 +88,7 @@ class ShardedStep:
         placed = self._layout(jax.eval_shape(make, traced))
         if self._options.moves_state:
             self._check_offload(placed)
-            state = offloaded.init(make, traced, placed, self._options)
+            state = resting.init(make, traced, placed, self._options)
         else:
             state = jax.jit(make, out_shardings=placed.tree, compiler_options=compiler.options(self._options.mesh))(traced)
         self.known = placed, found[0]
@@ -120,7 +120,7 @@ class ShardedStep:
         placed = self._layout(arrays)
         self.known = placed, statics
         self._check_offload(placed)
-        copies = offloaded.placed(jax.tree.leaves(arrays), placed, self._options.tiers)
+        copies = resting.placed(jax.tree.leaves(arrays), placed, self._options.tiers)
         return statics.merge(jax.tree.unflatten(placed.treedef, copies))
 
     def shardings(self, state: Any) -> Any:
@@ -178,19 +178,21 @@ class ShardedStep:
 
     def _new(self, placed: Layout, statics: Statics, batch: tuple[Any, ...]) -> Program:
         if self._options.moves_state:
+            assert isinstance(self.fn, TrainStep)
             return streaming.StreamedProgram(self.fn, self._plan(placed), self._options, placed, statics, batch)
         return Program(placed, statics, *programs.lower(self.fn, self._options, placed, statics, batch))
 
     def _plan(self, placed: Layout) -> offloaded.Update:
         """How the update is cut, for one layout."""
         if placed not in self._plans:
+            assert isinstance(self.fn, TrainStep)
             self._plans[placed] = offloaded.prepare(self.fn, placed, self._options)
         return self._plans[placed]
 
     def _check_offload(self, placed: Layout) -> None:
         """What cannot rest where it should, or not be updated there, is refused before anything is made."""
         if self._options.moves_state:
-            offloaded.check(placed, self._options.tiers)
+            resting.check(placed, self._options.tiers)
             self._plan(placed)
 
     def unsharded(self, statics: Statics) -> Callable[..., Any]:

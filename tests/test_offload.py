@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from laws import tiny
 
 import jzero
-from jzero.engine import offloaded
+from jzero.engine import bucket_program
 from jzero.offload import host, slices
 
 
@@ -100,7 +100,7 @@ def test_a_large_leaf_comes_in_slices_if_its_update_is_elementwise():
         step, make_state = make(tables.OPTIMIZERS[name](), offload=narrow)
         plan = plan_of(step, make_state)
         large = [bucket for bucket in plan.buckets if bucket.moved_bytes > 200]
-        found[name] = [offloaded.BucketProgram(plan, bucket, step.options).slices for bucket in large]
+        found[name] = [bucket_program.BucketProgram(plan, bucket, step.options).slices for bucket in large]
     assert [one.num for one in found["adamw"]] == [6, 6]  # 1,152 bytes each
     assert found["muon"] == [None, None]
 

@@ -10,7 +10,7 @@ from jzero._errors import explain
 from jzero.checkpoint import checksums, folder, loss_scale, reading, template, weights, writing
 from jzero.checkpoint.changes import NONE, Changes
 from jzero.checkpoint.naming import WHO
-from jzero.engine import offloaded
+from jzero.engine import resting
 from jzero.engine.layout import Layout
 from jzero.shard import ShardedStep
 
@@ -93,7 +93,7 @@ def _settle(step: ShardedStep, layout: Layout) -> Callable[[int, jax.Array], Any
     tiers = {place: tier for place, tier in step.options.tiers.items() if tier.can_fail}
     if not tiers:
         return None
-    offloaded.check(layout, tiers)
+    resting.check(layout, tiers)
 
     def settle(index: int, array: jax.Array) -> Any:
         place = layout.places[index]

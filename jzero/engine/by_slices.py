@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jzero._tree import num_bytes
 from jzero.engine import compiler
+from jzero.engine.bucket_program import BucketProgram
 from jzero.engine.layout import Layout, Options
-from jzero.engine.offloaded import BucketProgram
 from jzero.offload import slices
 from jzero.offload.asked import NVME
 from jzero.offload.nvme.shard_file import part_bytes

@@ -5,7 +5,7 @@ out gradients, whether the step proceeds, and the update's early values (`jzero/
 optimizer's arrays. Update programs run under Auto axes on the bucket's leaves, as the whole update does otherwise.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,20 +15,15 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jzero import _compat
-from jzero.engine import compiler, leaves
+from jzero.engine import resting
 from jzero.engine.layout import Layout, Options
-from jzero.offload import Tier, slices
 from jzero.offload import buckets as packing
 from jzero.offload import split as splitting
-from jzero.offload.asked import HOST, NVME, Place
 from jzero.offload.buckets import Bucket
 from jzero.offload.places import bytes_on_one_device, can_go
-from jzero.offload.slices import Slices, is_elementwise
 from jzero.offload.split import Input, Split
 from jzero.step import TrainState, TrainStep, gradient, update
 from jzero.step import params as parameters
-
-LEAST_FILE_BYTES = 2**22  # of a bucket in files: less would not keep a drive busy
 
 
 class Carried(NamedTuple):
@@ -103,71 +98,6 @@ def _opt_leaves(layout: Layout) -> list[int]:
     return jax.tree.leaves(state.opt_state)
 
 
-def check(layout: Layout, tiers: Mapping[Place, Tier]) -> None:
-    """Every tier can hold what is to rest there."""
-    rows = list(zip(layout.placements, layout.avals, layout.on_device, layout.places, strict=True))
-    for place, tier in tiers.items():
-        members = [
-            (placement.leaf.path, jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding))
-            for placement, aval, sharding, where in rows
-            if where == place
-        ]
-        tier.check(members)
-
-
-def placed(given: Sequence[Any], layout: Layout, tiers: Mapping[Place, Tier]) -> list[Any]:
-    """Copies of a state's leaves where they rest."""
-    rows = zip(given, layout.on_device, layout.places, layout.placements, strict=True)
-    return [
-        leaves.copy(leaf, sharding) if place is None else tiers[place].place([placement.leaf.path], [leaf], [sharding])[0]
-        for leaf, sharding, place, placement in rows
-    ]
-
-
-def init(make: Callable[[Any], Any], traced: Any, layout: Layout, options: Options) -> Any:
-    """`make(traced)`, where it rests: first what stays on the device, then the rest a bucket at a time."""
-    made: dict[int, Any] = {}
-    for part in _parts(layout, options):
-        shardings = [layout.on_device[index] for index in part]
-
-        def chosen(traced: Any, part: Sequence[int] = part) -> list[Any]:
-            every = jax.tree.leaves(make(traced))
-            return [every[index] for index in part]
-
-        arrays = jax.jit(chosen, out_shardings=shardings, compiler_options=compiler.options(options.mesh))(traced)
-        made |= zip(part, arrays, strict=True)
-        for index in (index for index in part if layout.places[index] is not None):
-            (made[index],) = placed([arrays[part.index(index)]], layout.only([index]), options.tiers)
-            arrays[part.index(index)].delete()
-    return jax.tree.unflatten(layout.treedef, [made[index] for index in range(len(made))])
-
-
-def _parts(layout: Layout, options: Options) -> list[list[int]]:
-    """The numbers of the leaves that are made together."""
-    assert options.offload is not None
-    size = _bucket_bytes(layout, options)
-    parts, room = [[index for index, place in enumerate(layout.places) if place is None]], 0
-    for index in (index for index, place in enumerate(layout.places) if place is not None):
-        needed = bytes_on_one_device(layout.placements[index].leaf, layout.on_device[index])
-        if needed > room:
-            parts.append([])
-            room = size
-        parts[-1].append(index)
-        room -= needed
-    return parts
-
-
-def _bucket_bytes(layout: Layout, options: Options) -> int:
-    """As asked; or what the host link wants, and of what rests in files a sixteenth: four buckets of it are in host memory."""
-    assert options.offload is not None
-    if options.offload.bucket_bytes:
-        return options.offload.bucket_bytes
-    rows = zip(layout.placements, layout.on_device, layout.places, strict=True)
-    in_files = [bytes_on_one_device(one.leaf, sharding) for one, sharding, place in rows if place and place.kind == NVME]
-    wanted = packing.default_bytes(options.mesh)
-    return min(wanted, max(sum(in_files) // 16, LEAST_FILE_BYTES)) if in_files else wanted
-
-
 def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
     """The update traced and cut into buckets. Nothing is allocated; an optimizer that cannot be cut is an error."""
     assert options.offload is not None
@@ -178,7 +108,7 @@ def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
     while found.late:  # scales of 8-bit moments, say
         bare = replace(bare, late=bare.late | {bare.scalars[at] for at in found.late})
         found = splitting.split(*_traced(step, bare), num_scalars=len(bare.scalars))
-    size = _bucket_bytes(layout, options)
+    size = resting.bucket_bytes(layout, options)
     return replace(bare, split=found, buckets=packing.pack(_groups(bare, found), size), bucket_bytes=size)
 
 
@@ -281,105 +211,3 @@ def _first(plan: Update, params: Sequence[Any], grads: Sequence[Any], shared: Se
     every = plan.inputs(trained, grads, [None] * num_arrays, shared)
     found = _compat.evaluate(jaxpr, [value for value, keep in zip(every, used, strict=True) if keep])
     return found[:num_scalars], found[num_scalars:]
-
-
-class BucketProgram:
-    """The compiled update of one bucket: `(leaves, grads, scales, shared, early) -> leaves`, the leaves donated.
-
-    A bucket of one group that is larger than a bucket should be takes its leaves where they rest and fetches slices of them
-    itself, if its update is elementwise. With `keeps_params` old parameters stay valid; new ones take the memory of the
-    gradients where these have their dtype.
-    """
-
-    def __init__(self, plan: Update, bucket: Bucket, options: Options, *, keeps_params: bool = False):
-        self.plan, self.bucket = plan, bucket
-        self.members = (*bucket.params, *bucket.opt_state)
-        trained, arrays = ({index: at for at, index in enumerate(part)} for part in (plan.trained, plan.arrays))
-        self.param_at, self.array_at = [trained[i] for i in bucket.params], [arrays[i] for i in bucket.opt_state]
-        num_params, num_arrays, num_scalars = plan.num_outputs
-        chosen = {*self.param_at, *(num_params + at for at in self.array_at)}
-        outputs = [at in chosen for at in range(num_params + num_arrays + num_scalars)]
-        self.jaxpr, self.used = plan.split.part(outputs)
-        self.slices = self._slices()
-        layout = plan.layout
-        self.shardings = [(layout.shardings if self.slices else layout.on_device)[index] for index in self.members]
-        self.places = [None if self.slices else layout.places[index] for index in self.members]
-        self.lowered = self._lower(layout, options, keeps_params)
-        self.compiled = self.lowered.compile()
-
-    def __call__(self, members: list[Any], grads: list[Any], *values: list[Any]) -> list[Any]:
-        num_params = len(self.bucket.params)
-        return self.compiled(members[:num_params], members[num_params:], grads, *values)
-
-    @property
-    def held_bytes(self) -> int:
-        """What of the bucket is on the device at a time."""
-        return self.bucket.moved_bytes // (self.slices.num if self.slices else 1)
-
-    def _slices(self) -> Slices | None:
-        plan, layout, size = self.plan, self.plan.layout, self.bucket.moved_bytes
-        shapes = {layout.avals[index].shape for index in self.members}
-        places = {layout.places[index] for index in self.members} - {None}
-        in_host = all(place.kind == HOST for place in places)
-        if size <= plan.bucket_bytes or len(shapes) > 1 or not in_host:
-            return None
-        (shape,) = shapes
-        specs = {layout.on_device[index].spec for index in self.members}
-        if len(specs) > 1 or not is_elementwise(self.jaxpr, shape):
-            return None
-        return slices.cut(shape, layout.on_device[self.members[0]], size, plan.bucket_bytes)
-
-    def _run(self, members: list[Any], grads: list[Any], scales: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
-        if self.slices is None:
-            return _compat.evaluate(self.jaxpr, self._inputs(members, update.scaled(grads, scales), shared, early))
-        cut, is_away = self.slices, [self.plan.layout.places[index] is not None for index in self.members]
-        shape = cut.shape(self.plan.layout.avals[self.members[0]].shape)
-
-        def one_slice(index: jax.Array, members: list[Any]) -> list[Any]:
-            pieces = [cut.take(one, index) for one in members]
-            pieces = [_move(one, jax.memory.Space.Device, away) for one, away in zip(pieces, is_away, strict=True)]
-            parts = update.scaled([cut.take(grad, index) for grad in grads], scales)
-            given = self._inputs(pieces, parts, shared, early)
-            new = slices.evaluate(self.jaxpr, given, shape)
-            new = [_move(one, jax.memory.Space.Host, away) for one, away in zip(new, is_away, strict=True)]
-            return [cut.put(one, piece, index) for one, piece in zip(members, new, strict=True)]
-
-        return jax.lax.fori_loop(0, cut.num, one_slice, members)
-
-    def _inputs(self, members: list[Any], grads: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
-        """What the part of the traced update takes."""
-        num_params, num_arrays, _ = self.plan.num_outputs
-        params: list[Any] = [None] * num_params
-        given: list[Any] = [None] * num_params
-        arrays: list[Any] = [None] * num_arrays
-        for at, leaf, grad in zip(self.param_at, members, grads, strict=False):
-            params[at], given[at] = leaf, grad
-        for at, leaf in zip(self.array_at, members[len(self.param_at) :], strict=True):
-            arrays[at] = leaf
-        every = [*self.plan.inputs(params, given, arrays, shared), *early]
-        return [value for value, keep in zip(every, self.used, strict=True) if keep]
-
-    def _lower(self, layout: Layout, options: Options, keeps_params: bool) -> Any:
-        every = zip((layout.avals[index] for index in self.members), self.shardings, strict=True)
-        avals = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf, sharding in every]
-        params = self.bucket.params
-        grads = [jax.ShapeDtypeStruct(layout.avals[index].shape, self.plan.accumulate_dtype) for index in params]
-        state = jax.tree.unflatten(layout.treedef, layout.avals)
-        shared = [*(layout.avals[index] for index in self.plan.scalars), state.step, state.rng]
-        shared.append(jax.ShapeDtypeStruct((), jnp.float32))
-        whole = NamedSharding(options.mesh, PartitionSpec())
-        num_params, alike = len(params), all(layout.avals[index].dtype == self.plan.accumulate_dtype for index in params)
-        own, opt_state = self.shardings[:num_params], self.shardings[num_params:]
-        jitted = jax.jit(
-            lambda own, opt_state, grads, *values: self._run([*own, *opt_state], grads, *values),
-            in_shardings=(own, opt_state, [layout.on_device[index] for index in params], whole, whole, whole),
-            donate_argnums=(0, 1) if not keeps_params else (1, 2) if alike else (1,),
-            out_shardings=self.shardings, keep_unused=True, compiler_options=compiler.options(options.mesh),
-        )  # fmt: skip
-        early = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.plan.split.early]
-        scales = [jax.ShapeDtypeStruct((), jnp.float32)] * self.plan.num_scales
-        return jitted.lower(avals[:num_params], avals[num_params:], grads, scales, shared, early)
-
-
-def _move(piece: jax.Array, memory: Any, is_away: bool) -> jax.Array:
-    return jax.device_put(piece, memory) if is_away else piece

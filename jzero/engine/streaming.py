@@ -95,7 +95,7 @@ def report(program: StreamedProgram, found: Report) -> Report:
     at_rest: dict[str, int] = {}
     for row in rows:
         at_rest[row["memory"]] = at_rest.get(row["memory"], 0) + row["bytes_per_device"]
-    resting = {role: dict(figure) for role, figure in found.bytes_at_rest.items()}
+    resting = {role: {name: size or 0 for name, size in figure.items()} for role, figure in found.bytes_at_rest.items()}
     beside = {index for index in plan.arrays if layout.places[index] is None}
     for bucket in program.buckets:
         own, opt_state, *_ = bucket.compiled.input_shardings[0]

@@ -87,7 +87,9 @@ class Constrained:
         others = [index for index, value in enumerate(values) if not isinstance(value, Tracked) and hasattr(value, "aval")]
         if not tied or not others:
             return values
-        values, moved = list(values), jax.lax.optimization_barrier([_array(values[index]) for index in tied + others])
+        # Said to rest as shards: else the partitioner may take the operand as a slice of an earlier use's whole weight.
+        shards = [self.comm.place(values[index].parts, values[index].fact.split) for index in tied]
+        values, moved = list(values), jax.lax.optimization_barrier([*shards, *(values[index] for index in others)])
         for index, value in zip(tied + others, moved, strict=True):
             values[index] = Tracked(values[index].fact, value) if isinstance(values[index], Tracked) else value
         return values

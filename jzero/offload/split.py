@@ -83,7 +83,7 @@ def split(jaxpr: Any, inputs: Sequence[Input], num_params: int, names: Sequence[
         nodes = _nodes(eqn, [one.nodes for one in operands])
         for together in nodes:
             meetings.note(together, eqn)
-        values |= {var: _Value(*item) for var, *item in zip(eqn.outvars, nodes, at_hand, strict=True)}
+        values |= {var: _Value(some, is_here) for var, some, is_here in zip(eqn.outvars, nodes, at_hand, strict=True)}
     scalars = jaxpr.outvars[len(jaxpr.outvars) - num_scalars :]
     is_late = lambda var: not isinstance(var, _compat.Literal) and not values[var].is_at_hand
     late = [index for index, var in enumerate(scalars) if is_late(var)]

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import meshes
 import numpy as np
+import optax
 import pytest
 import small_gpt
+import small_pipeline
 import tables
 import tiny
 from closeness import assert_same_others, on_host
@@ -117,11 +119,14 @@ def assert_at_rest(step, state):
 
 
 def check(entry, model):
-    on_device, offloaded = steps(entry, model)
+    walk(*steps(entry, model), model, is_fp16=entry.precision == "fp16")
+
+
+def walk(on_device, offloaded, model, *, is_fp16=False):
     state = on_device.place(on_device.fn.init(model.params()))
     num_skipped = 0
     for index in range(NUM_STEPS):
-        if entry.precision == "fp16" and index in OVERFLOWS:
+        if is_fp16 and index in OVERFLOWS:
             state = with_scale(state, TOO_LARGE)
         elsewhere = offloaded.place(state)
         assert assert_at_rest(offloaded, elsewhere), "nothing is offloaded: this would compare nothing"
@@ -132,8 +137,8 @@ def check(entry, model):
         assert bool(metrics["skipped"]) == bool(expected["skipped"])
         assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-6)
         num_skipped += bool(expected["skipped"])
-        state = with_scale(state, 2.0**10 if entry.precision == "fp16" else 1.0)
-    assert num_skipped == (len(OVERFLOWS) if entry.precision == "fp16" else 0)
+        state = with_scale(state, 2.0**10 if is_fp16 else 1.0)
+    assert num_skipped == (len(OVERFLOWS) if is_fp16 else 0)
 
 
 @pytest.mark.parametrize("entry", [Entry(*one) for one in IN_SHORT], ids=lambda one: "-".join(map(str, one)))
@@ -145,3 +150,15 @@ def test_offload_changes_no_number(entry):
 @pytest.mark.parametrize("entry", pairwise(FACTORS), ids=label)
 def test_offload_changes_no_number_in_full(entry):
     check(Entry(**entry), GPT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["pipe", "tensor"])
+def test_offload_changes_no_number_on_a_further_axis(axis):
+    params = functools.partial(small_pipeline.make_params, num_layers=4, tied=True)
+    piped = Model(small_pipeline.model("mean"), params, small_gpt.batch())
+    model, rules = (piped, ()) if axis == "pipe" else (GPT, small_gpt.TENSOR_RULES)
+    fn = jzero.make_train_step(model.loss, optax.adamw(1e-3), accumulate=2, clip_norm=1.0)
+    mesh = jzero.make_mesh(data=4, **{axis: 2})
+    options = {"stage": 3, "mesh": mesh, "rules": rules, "min_shard_elements": small_gpt.MIN_SHARD_ELEMENTS}
+    walk(jzero.shard(fn, **options), jzero.shard(fn, **options, offload=offload("both")), model)
