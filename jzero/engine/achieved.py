@@ -293,4 +293,5 @@ def _allowed(subject: Subject) -> float:
 def place(sharding: Any) -> str:
     """A sharding as a message names it."""
     where = f"on mesh {dict(sharding.mesh.shape)}" if hasattr(sharding, "mesh") else f"on {len(sharding.device_set)} device(s)"
-    return f"{getattr(sharding, 'spec', type(sharding).__name__)} {where}"
+    memory = f" in {sharding.memory_kind}" if sharding.memory_kind not in (None, "device") else ""
+    return f"{getattr(sharding, 'spec', type(sharding).__name__)} {where}{memory}"
