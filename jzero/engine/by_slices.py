@@ -109,7 +109,9 @@ def rows(avals: Sequence[Any], sharding: NamedSharding, wanted: int) -> Slices |
     if len(sharding.spec) and sharding.spec[0] is not None:
         return None
     sizes = [num_bytes(jax.ShapeDtypeStruct(sharding.shard_shape(aval.shape), aval.dtype)) for aval in avals]
-    for num in range(max(wanted, 2), shape[0] + 1):
-        if shape[0] % num == 0 and all(size // num % part_bytes(size, shape[0]) == 0 for size in sizes):
+    parts = [part_bytes(size, shape[0]) for size in sizes]
+    most = min(size // part for size, part in zip(sizes, parts, strict=True))
+    for num in range(max(wanted, 2), min(most, shape[0]) + 1):
+        if shape[0] % num == 0 and all(size // num % part == 0 for size, part in zip(sizes, parts, strict=True)):
             return Slices(0, num, shape[0] // num)
     return None

@@ -7,6 +7,7 @@ what the payload is, of which generation and optimizer step, and has an XXH3 of 
 verified on its own. Headers tell damage and mix-ups; which generation counts is said by the swap's commit alone.
 """
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -31,6 +32,7 @@ class CorruptSwap(ValueError):
     """A file of a swap is not what was written; the message names it."""
 
 
+@functools.cache
 def part_bytes(num_bytes: int, num_rows: int) -> int:
     """The parts that a payload is moved and summed in: whole rows or whole fractions of one where these fill blocks.
 
@@ -38,8 +40,9 @@ def part_bytes(num_bytes: int, num_rows: int) -> int:
     """
     row = num_bytes // max(num_rows, 1)
     if row < PART_BYTES:
-        fits = [num for num in range(1, num_rows + 1) if num_rows % num == 0 and LEAST_BYTES <= row * num <= PART_BYTES]
-        return next((row * num for num in fits if row * num % ALIGN == 0), PART_BYTES)
+        counts = range(num_bytes // LEAST_BYTES, -(-num_bytes // PART_BYTES) - 1, -1)  # of parts: the smallest parts first
+        fits = (num_bytes // num for num in counts if num and num_rows % num == 0)
+        return next((size for size in fits if size % ALIGN == 0), PART_BYTES)
     fits = [num for num in range(-(-row // PART_BYTES), row // LEAST_BYTES + 1) if row % num == 0 and row // num % ALIGN == 0]
     return row // fits[0] if fits else PART_BYTES
 
