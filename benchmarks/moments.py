@@ -2,7 +2,7 @@
 
     python benchmarks/moments.py [--steps 300] [--json FILE]
 
-A GPT-2 of 0.6 million parameters on the bench's text (Python's documentation), the same weights and batches for each. Claims:
+A GPT-2 of 0.66 million parameters on the bench's text (Python's documentation), the same weights and batches for each. Claims:
     loss    the mean of the last 20 steps' losses within 1% of float32's
     bytes   of the optimizer's state as computed: n + 4 n / 256 and 2 n bytes a moment, where float32 has 4 n
 """

@@ -16,6 +16,7 @@ from jzero.engine.asked import WHO
 from jzero.engine.layout import Layout, Options, layout
 from jzero.engine.programs import Program
 from jzero.engine.statics import Statics, split_statics
+from jzero.offload.nvme.array import DiskArray
 from jzero.report import Report
 from jzero.step import TrainState, TrainStep
 
@@ -104,11 +105,12 @@ class ShardedStep:
             fix = "Shard a step of jzero.make_train_step, or write an evaluation step of your own and shard that."
             raise TypeError(explain(WHO, "only a TrainStep knows its loss", found=[f"got {self.fn!r}"], fix=fix))
         arrays, statics = split_statics(state)
-        if self._options.moves_state:
-            arrays = arrays._replace(opt_state=None)  # wherever it is: a loss does not want it
+        placed = self._layout(arrays)
+        if self._options.moves_state:  # wherever the optimizer's state is: a loss does not want it
+            placed, arrays = placed.without_opt_state(), arrays._replace(opt_state=None)
         key = (*leaves.signature(arrays), statics, *leaves.signature(batch))
         if key not in self._evaluations:
-            self._evaluations[key] = programs.evaluation(self.fn, self._options, self._layout(arrays), statics, batch)
+            self._evaluations[key] = programs.evaluation(self.fn, self._options, placed, statics, batch)
         return self._evaluations[key](arrays, *batch)
 
     def place(self, state: Any) -> Any:
@@ -201,7 +203,13 @@ class ShardedStep:
 def _check_placed(arrays: Any, placed: Layout, options: Options) -> None:
     """Every leaf that is committed to devices stands where the step wants it."""
     rows = []
-    for (path, leaf), sharding in zip(named_leaves(arrays), placed.shardings, strict=True):
+    for (path, leaf), sharding, where in zip(named_leaves(arrays), placed.shardings, placed.places, strict=True):
+        in_files = where is not None and options.tiers[where].can_fail
+        if in_files or isinstance(leaf, DiskArray):
+            if not (in_files and options.tiers[where].is_here(leaf, sharding)):
+                expected = options.tiers[where].name if in_files else "on the device"
+                rows.append([path, short(leaf), _place_of(leaf), f"expected {expected}"])
+            continue
         committed = isinstance(leaf, jax.Array) and getattr(leaf, "committed", False)
         if committed and not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
             rows.append([path, short(leaf), achieved.place(leaf.sharding), f"expected {achieved.place(sharding)}"])
@@ -210,6 +218,10 @@ def _check_placed(arrays: Any, placed: Layout, options: Options) -> None:
         context = f"mesh {meshes.describe(options.mesh)}; stage {options.stage.number}"
         fix = "state = step.place(state), or make it with step.init(make_state, ...)."
         raise ValueError(explain(WHO, problem, found=columns(rows[:20]), context=context, fix=fix))
+
+
+def _place_of(leaf: Any) -> str:
+    return f"in {leaf.swap.folder}" if isinstance(leaf, DiskArray) else "on the device"
 
 
 def shard(

@@ -186,6 +186,40 @@ def test_the_report_says_where_and_how_much(step):
     assert "updated in 4 buckets" in str(step.report(state, batch()))
 
 
+def test_a_state_that_rests_elsewhere(tmp_path, step):
+    plain = make_step(None)
+    state, on_device = make_state(step), make_state(plain)
+    for _ in range(2):  # also once the step has been compiled
+        with pytest.raises(
+            ValueError, match=r"(?s)8 of \d+ state leaves are not where.*mu/w0.*on the device.*expected nvme:.*step.place"
+        ):
+            step(on_device, batch())
+        with pytest.raises(
+            ValueError, match=r"(?s)8 of \d+ state leaves.*mu/w0.*in /.*state-.*expected on the device.*step.place"
+        ):
+            plain(state, batch())
+        train(step, make_state(step), 1)
+        train(plain, make_state(plain), 1)
+    other = make_step(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"(?s)8 of \d+ state leaves.*in /.*swap/process-0.*expected nvme:.*other"):
+        other(state, batch())
+
+
+def test_with_what_else_there_is(tmp_path):
+    """8-bit moments in files, `verify`, `evaluate`, `offload_states` and back."""
+    tx = jzero.optim.moments_8bit(optax.adamw(1e-2), min_elements=64)
+    step, plain = make_step(tmp_path / "swap", tx=tx), make_step(None, tx=tx)
+    state, loss = train(step, make_state(step))
+    assert loss == pytest.approx(train(plain, make_state(plain))[1], rel=1e-4)
+    assert isinstance(state.opt_state.inner[0].mu["w0"], DiskArray)
+    assert state.opt_state.inner[0].mu["w0"].dtype == np.uint8
+    jzero.verify(step, state, batch())
+    losses = [float(one.evaluate(one.place(state), batch())["loss"]) for one in (step, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    state = jzero.reload_states(jzero.offload_states(state), step)
+    assert int(train(step, state, 1)[0].step) == 4
+
+
 # Damage and mix-ups ---------------------------------------------------------------------------------------------------
 
 

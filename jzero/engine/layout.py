@@ -1,7 +1,7 @@
 """Where a step's state lives: every leaf's role, spec and sharding, decided once from shapes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -82,6 +82,11 @@ class Layout:
         pick = lambda values: tuple(values[index] for index in chosen)
         treedef = jax.tree.structure([0] * len(chosen))
         return Layout(treedef, pick(self.avals), pick(self.placements), self.mesh, pick(self.places))
+
+    def without_opt_state(self) -> "Layout":
+        """The layout of a `TrainState` with None for the optimizer's state."""
+        state = jax.tree.unflatten(self.treedef, range(len(self.avals)))._replace(opt_state=None)
+        return replace(self.only(jax.tree.leaves(state)), treedef=jax.tree.structure(state))
 
     def fetched(self, state: Any) -> Any:
         """Inside a program: its leaves that rest in host memory, copied to the device where something reads them."""

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from jzero._errors import columns, explain
+from jzero._tree import short
 from jzero.offload.nvme import direct
 from jzero.offload.nvme import folder as folders
-from jzero.offload.nvme.array import DiskArray
+from jzero.offload.nvme.array import DiskArray, DiskRows
 from jzero.offload.nvme.pipeline import Bucket, Pipeline, fill, on_devices
 from jzero.offload.nvme.pool import Pool
 from jzero.offload.nvme.shard_file import WHO, CorruptSwap, ShardFile
@@ -165,6 +166,10 @@ def _live(path: Path) -> set[str]:
 
 def _one_swap(leaves: Sequence[DiskArray]) -> Swap:
     """The swap of all these leaves, each of which is of its newest generation."""
+    strange = [short(leaf) for leaf in leaves if not isinstance(leaf, DiskArray | DiskRows)]
+    if strange:
+        fix = "Place the state: state = step.place(state)."
+        raise ValueError(explain(WHO, f"{len(strange)} leaves do not rest in files", found=strange[:5], fix=fix))
     for leaf in leaves:
         leaf.check_alive()
     folders_met = {leaf.swap.folder: leaf for leaf in leaves}
