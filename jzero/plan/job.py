@@ -103,9 +103,10 @@ def make(
     accumulate: int = 1,
     remat: str = "full",
     schedule: str | None = None,
+    any_split: bool = False,
 ) -> Job:
     """A job with defaults: devices that no other axis takes on `data`, the model's length up to 8,192, one sequence per device
-    and microbatch, 1F1B for a pipeline.
+    and microbatch, 1F1B for a pipeline. `any_split`: the batch need not divide over this mesh, for a search tries others.
 
     Raises:
       ValueError: an unknown name (with suggestions), or sizes that do not divide (with those that would).
@@ -124,6 +125,7 @@ def make(
             explain(WHO, f"{model} has sequences of at most {config.max_seq} tokens", found=[f"--seq {length}"], fix=fix)
         )
     multiple = sizes.get("replica", 1) * sizes["data"] * accumulate
+    multiple = 1 if any_split and (batch or tokens_per_batch) else multiple
     sequences = _batch(batch, tokens_per_batch, length, multiple, sizes, accumulate)
     schedule = (schedule or SCHEDULE) if sizes.get("pipe", 1) > 1 else None
     return Job(model, target, stage, sizes, length, sequences, precision, accumulate, remat, schedule)

@@ -65,8 +65,7 @@ def moments(job: Job, *, fused_attention: bool = False) -> dict[str, Moment]:
     head = {"logits": logits, "head gathered": table if gathered else 0, "gradient of the head": table}
     backward = {
         **({"logits": logits} if _head_waits(job) else {"gradient of the head": table}),
-        # A loop over layers holds two; a tick of a pipeline all layers of its stage.
-        "gathered parameters": one_layer * (pipelines.rows_of(job) if is_pipeline else 2) if gathered else 0,
+        "gathered parameters": 2 * one_layer if gathered else 0,
         "gradients": size.compute * (shard if scattered else elements(layers, 1)),
         "one layer's gradients": one_layer if scattered and job.data > 1 else 0,
         "attention scores": fused(job) if fused_attention else scores(job, size),
