@@ -2,9 +2,10 @@
 
     python benchmarks/plans.py [--out docs/plans]
 
-Closed form throughout: for each pod the fastest combination of stage, mesh, microbatch, accumulation and remat that fits, for
-at most 64M tokens a batch. On GPUs in bf16 attention is cuDNN's, which writes no scores; jzero has no such kernel for TPUs yet,
-so plans for them hold the scores of plain attention. Which compiled programs these figures were held against: docs/plan.md.
+Closed form throughout, ZeRO alone (with more axes: benchmarks/plans_axes.py): for each pod the fastest combination of stage,
+mesh, microbatch, accumulation and remat that fits, for at most 64M tokens a batch. On GPUs in bf16 attention is cuDNN's, which
+writes no scores; jzero has no such kernel for TPUs yet, so plans for them hold the scores of plain attention. Which compiled
+programs these figures were held against: docs/plan.md.
 """
 
 import argparse
@@ -93,9 +94,11 @@ def row(model: str, target: str) -> tuple[str, ...]:
 
 
 def fastest(model: str, target: str, seq: int, batch: int | None = None, **held: Any) -> Job | None:
-    """Of every candidate that fits, the one with most tokens per second, of those the smallest. `held`: remat, fused."""
-    job, fused = make(model, target, seq=seq, batch=batch), held.get("fused", False)
+    """Of every candidate that fits, the one with most tokens per second, of those the smallest. `held`: remats, fused, axes."""
+    job, fused = make(model, target, seq=seq, batch=batch, any_split=True), held.get("fused", False)
     every = search.candidates(job, vary_batch=batch is None)
+    axes = held.get("axes", set())  # beside ZeRO's
+    every = (one for one in every if set(one.mesh) - {"replica", "data"} == axes)
     wanted = [one for one in every if one.batch * seq <= MOST_TOKENS and one.remat in held.get("remats", one.remat)]
     fitting = [one for one in wanted if peak_of(one, fused=fused) <= usable_bytes(target)]
     return min(fitting, key=lambda one: (-times(one).tokens_per_s_per_device, peak_of(one, fused=fused)), default=None)

@@ -5,6 +5,8 @@
 
 from jzero import optim as optim
 from jzero._errors import StageNotAchieved as StageNotAchieved
+from jzero.attention import attention as attention
+from jzero.attention import split_sequence as split_sequence
 from jzero.checkpoint import CheckpointManager as CheckpointManager
 from jzero.checkpoint import export as export
 from jzero.checkpoint import restore as restore
@@ -28,5 +30,6 @@ from jzero.step import make_train_step as make_train_step
 from jzero.step import pad_batch as pad_batch
 from jzero.step import summed as summed
 from jzero.step import weighted as weighted
+from jzero.tiled import tiled as tiled
 from jzero.topology import topology as topology
 from jzero.verify import verify as verify

@@ -7,6 +7,7 @@ Met so far: `scan`'s `num_consts`/`num_carry` became `ft_in`; `ClosedJaxpr` beca
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,8 @@ from jax._src import core, pjit, source_info_util
 from jax._src import mesh as mesh_lib
 from jax._src.interpreters import partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
+
+from jzero._types import ALSO_AXES
 
 Literal = core.Literal
 
@@ -100,6 +103,42 @@ def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     """Run a jaxpr as it is."""
     opened, consts = open_jaxpr(jaxpr)
     return core.eval_jaxpr(opened, consts, *args)
+
+
+_before: ContextVar[Any] = ContextVar("_before", default=None)
+
+
+@contextmanager
+def mesh_shown(mesh: Any) -> Iterator[None]:
+    """While a program is traced under Auto axes: its code may ask for the mesh, as it may inside `shard_map`.
+
+    Only for meshes with an axis that code has to know of (`ALSO_AXES`): types of arrays then name the mesh.
+    """
+    if not any(mesh.shape.get(axis, 1) > 1 for axis in ALSO_AXES):
+        yield
+        return
+    token = _before.set(mesh_lib.get_abstract_mesh())
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            yield
+    finally:
+        _before.reset(token)
+
+
+@contextmanager
+def mesh_hidden() -> Iterator[None]:
+    """Inside `mesh_shown`: without it, as for an analysis of what the program means."""
+    before = _before.get()
+    if before is None:
+        yield
+        return
+    with jax.sharding.use_abstract_mesh(before):
+        yield
+
+
+def without_mesh() -> Any:
+    """While something is traced that will run on pieces: types under the mesh outside do not fit inside `shard_map`."""
+    return jax.sharding.use_abstract_mesh(mesh_lib.empty_abstract_mesh)
 
 
 @contextmanager

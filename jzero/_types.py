@@ -10,6 +10,8 @@ ROLES: tuple[Role, ...] = ("params", "opt_state", "batch", "other")
 
 MESH_AXES = ("replica", "data", "pipe", "sequence", "tensor", "expert")  # outermost first
 BATCH_AXES = ("replica", "data")  # the axes that examples are split over
+ALSO_AXES = ("sequence",)  # that split each example: ZeRO shards over them too, or they would repeat the state
+ZERO_AXES = ("data", *ALSO_AXES)
 
 
 class Leaf(NamedTuple):

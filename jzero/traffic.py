@@ -3,6 +3,7 @@
 Elements are counted in whole leaves; the ring algorithm carries (N-1)/N of them, twice that for an all-reduce.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jzero import _compat
+from jzero._types import ALSO_AXES
 from jzero.audit import moved
 from jzero.gather.facts import Use, kept_use
 from jzero.stages import Stage
@@ -51,6 +53,8 @@ class Param(NamedTuple):
     num_elements: int
     is_split: bool
     trains: bool
+    num_whole: int = 0  # where ZeRO shards it over more axes than `data`: what these make of the piece
+    also: tuple[str, ...] = ()  # those axes
 
 
 def composed(
@@ -58,10 +62,13 @@ def composed(
 ) -> Table:
     """Expected wire bytes of a composed step whose gradient is manual.
 
+    Axes that split each example (`sequence`) add up every microbatch's gradients, at any stage; what they split of the leaves
+    they gather after `data`. Not counted: what activations send over them.
+
     Args:
       params: leaves in order. Whole ones (tiny, indivisible, stage 0) are all-reduced once a step.
       uses: of the split leaves in the loss of one microbatch.
-      axes: sizes of `replica` and `data`.
+      axes: sizes of `replica`, `data` and those that split each example.
       num_scalars: float32 values in the closing all-reduce.
     """
     table: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
@@ -74,6 +81,13 @@ def composed(
 
     gathered, reduced = _by_leaf(stage, params, list(uses), wire.num_micro)
     for index, param in enumerate(params):
+        for axis in ALSO_AXES if param.trains or param.also else ():
+            ratio = param.num_whole // param.num_elements if axis in param.also else 1
+            times = wire.num_micro if stage.reduce == "step" or axis not in param.also else 1
+            kind = "reduce-scatter" if axis in param.also else "all-reduce"
+            summed = (reduced[index] or param.num_elements) if axis in param.also else param.num_elements
+            add(axis, "all-gather", gathered[index] * ratio if axis in param.also else 0, wire.compute, axes.get(axis, 1))
+            add(axis, kind, summed * ratio * times * param.trains, wire.compute, axes.get(axis, 1))
         if not param.is_split:
             add(both, "all-reduce", param.num_elements * param.trains, wire.reduce_once, everyone)
             continue
@@ -109,23 +123,43 @@ def num_gathers(use: Use) -> int:
     return 1 if use.eqn.primitive.name in NOT_READ_BACKWARD and not use.in_remat else 2
 
 
-def opaque(stage: Stage, params: Sequence[tuple[int, Any, bool]], uses: Iterable[Use], num_shards: int) -> Table:
-    """Expected wire bytes over `data` of a step that jzero did not write: each gradient reduced once, in the parameter's dtype.
+class OpaqueParam(NamedTuple):
+    """One parameter leaf of a step that jzero did not write: its pieces as in `Param`."""
+
+    num_elements: int
+    num_whole: int
+    dtype: Any
+    is_split: bool  # over `data`: itself, or at stages 1 and 2 its optimizer state
+
+
+def opaque(stage: Stage, params: Sequence[OpaqueParam], uses: Iterable[Use], axes: dict[str, int]) -> Table:
+    """Expected wire bytes of a step that jzero did not write: each gradient reduced once, in the parameter's dtype.
 
     Args:
-      params: per leaf its elements, dtype, and whether it (or at stages 1 and 2 its optimizer state) is split.
       uses: in the whole step, where forward and backward uses stand apart; those of one loop body share a gather.
+      axes: sizes of `data` and of the axes that split each example, over all of which a gradient is reduced at once.
     """
-    kinds: defaultdict[str, int] = defaultdict(int)
-    for size, dtype, is_split in params:
-        kind = "reduce-scatter" if is_split else "all-reduce"
-        kinds[kind] += moved(kind, size * jnp.dtype(dtype).itemsize, num_shards)
-        if is_split and stage.gather == "step":
-            kinds["all-gather"] += moved("all-gather", size * jnp.dtype(dtype).itemsize, num_shards)
+    table: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
+    num_data, num_also = axes["data"], math.prod(axes.values()) // axes["data"]
+    names = {"data": num_data, "+".join(axis for axis in axes if axis != "data"): num_also, "+".join(axes): num_data * num_also}
+
+    def add(axis: str, kind: str, num_bytes: int) -> None:
+        if names[axis] > 1:
+            table[axis][kind] += moved(kind, num_bytes, names[axis])
+
+    def gather(piece: int, whole: int, itemsize: int) -> None:
+        add("data", "all-gather", piece * itemsize)
+        if whole > piece:
+            add(list(names)[1], "all-gather", whole * itemsize)
+
+    for param in params:
+        itemsize = jnp.dtype(param.dtype).itemsize
+        add("+".join(axes), "reduce-scatter" if param.is_split else "all-reduce", param.num_whole * itemsize)
+        if param.is_split and stage.gather == "step":
+            gather(param.num_elements, param.num_whole, itemsize)
     for use in _apart(uses) if stage.gather == "use" else ():
-        size = use.num_elements * use.trips * use.eqn.invars[use.operand].aval.dtype.itemsize
-        kinds["all-gather"] += moved("all-gather", size, num_shards)
-    return {"data": dict(kinds)} if num_shards > 1 else {}
+        gather(use.num_elements * use.trips, use.num_whole * use.trips, use.eqn.invars[use.operand].aval.dtype.itemsize)
+    return {axis: dict(kinds) for axis, kinds in table.items()}
 
 
 def _apart(uses: Iterable[Use]) -> list[Use]:

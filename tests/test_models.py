@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jzero import models, remat
-from jzero.models.layers import choose_attention
+from jzero.attention import choose_attention
 from jzero.models.matmul import matmul, matmul_transposed
 
 # openai/gpt-2 and meta-llama's model cards, counted as transformers counts them.

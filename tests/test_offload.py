@@ -93,6 +93,7 @@ def test_a_norm_of_gradients_is_computed_once_and_a_trust_ratio_where_its_leaf_i
         plan_of(*make(optax.chain(optax.adamw(1e-2), optax.clip_by_global_norm(1.0))))
 
 
+@pytest.mark.slow
 def test_a_large_leaf_comes_in_slices_if_its_update_is_elementwise():
     narrow = jzero.Offload(opt_state="host", bucket_bytes=200)
     found = {}
@@ -126,6 +127,7 @@ def test_a_skipped_step_moves_nothing_back():
     assert all(old is new for old, new in zip(before, jax.tree.leaves(state.opt_state[0].mu), strict=True))
 
 
+@pytest.mark.slow
 def test_no_second_program_and_one_kind_for_each_leaf():
     step, make_state = make(offload=jzero.Offload(opt_state="host", params="host"))
     state = step.init(make_state)
@@ -170,6 +172,7 @@ def test_a_back_end_without_the_memory_kind_is_refused(monkeypatch):
         step.init(make_state)
 
 
+@pytest.mark.slow
 def test_a_step_without_donation_keeps_the_old_state():
     train_step = jzero.make_train_step(tiny.loss_fn, optax.adamw(1e-2))
     step = jzero.shard(train_step, stage=3, donate=False, min_shard_elements=1, offload=jzero.Offload(opt_state="host"))

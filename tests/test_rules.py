@@ -264,6 +264,30 @@ def test_indivisible_leaves_are_an_error_on_request():
 # The batch --------------------------------------------------------------------------------------------------------------------
 
 
+def test_zero_shards_over_data_and_sequence():
+    """Over dims of their own where there are two, else both over one; a dim that `sequence` does not divide stays as it was."""
+    mesh = make_mesh(data=2, sequence=4)
+    shapes = {"w": (64, 32), "b": (64,), "tensor": (64, 33), "odd": (33, 2)}
+    leaves = [Leaf(name, shape, np.dtype("float32"), "params", i) for i, (name, shape) in enumerate(shapes.items())]
+    sharded = place(leaves, mesh=mesh, shard_roles=frozenset({"params"}), min_shard_elements=1)
+    assert [one.spec for one in sharded] == [
+        P("data", "sequence"),
+        P(("data", "sequence")),
+        P(("data", "sequence")),
+        P(None, "data"),
+    ]
+    assert sharded[-1].why.endswith("'sequence' (4) divides none of what is left")
+    whole = place(leaves, mesh=mesh, shard_roles=frozenset(), min_shard_elements=1)
+    assert all(one.spec == P() for one in whole)
+
+
+def test_batch_leaves_are_split_over_sequence_where_it_divides():
+    mesh = make_mesh(data=2, sequence=4)
+    assert batch_spec(np.zeros((4, 16), "int32"), mesh) == P("data", "sequence")
+    assert batch_spec(np.zeros((4, 17), "int32"), mesh) == P("data")
+    assert batch_spec(np.zeros(4, "int32"), mesh) == P("data")
+
+
 def test_batch_leaves_are_split_over_the_batch_axes():
     tokens = jax.ShapeDtypeStruct((16, 128), "int32")
     assert batch_spec(tokens, MESHES["8"]) == P("data")

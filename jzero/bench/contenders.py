@@ -14,6 +14,8 @@ from jzero import precision as precisions
 from jzero import remat as remats
 from jzero._tree import num_bytes
 from jzero.bench.setup import Setup
+from jzero.mesh import axis_size, batch_axes
+from jzero.models import pipeline
 from jzero.shard import shard
 from jzero.step import make_train_step
 
@@ -56,7 +58,7 @@ def plain(setup: Setup, tokens: jax.Array) -> Trial:
 
 def plain_step(setup: Setup) -> Callable[[Any, jax.Array], tuple[Any, jax.Array]]:
     """`(state, tokens) -> (state, loss)` with `optax` and nothing of jzero but the model and its remat policy."""
-    policy, num = precisions.get(setup.precision), setup.options.accumulate
+    policy, num = precisions.get(setup.precision), setup.accumulate
     scale = _STATIC_FP16_SCALE if policy.scales_loss else 1.0
     loss_fn = remats.apply(setup.model.loss, remats.get(setup.options.remat))
 
@@ -92,7 +94,7 @@ def _plain_costs(compiled: jax.stages.Compiled, state: tuple[Any, Any], tokens: 
     }
     roles = {"params": state[0], "opt_state": state[1], "batch": tokens}
     rest = {role: {"measured": _bytes_on_a_device(tree), "formula": _whole_bytes(tree)} for role, tree in roles.items()}
-    rest["batch"]["formula"] //= setup.num_devices
+    rest["batch"]["formula"] //= axis_size(setup.mesh, batch_axes(setup.mesh))
     costs = {"bytes_at_rest": rest, "wire_bytes": wire, "temp_bytes": measured.temp_bytes, "peak_bytes": measured.peak_bytes}
     return {**costs, "findings": []}
 
@@ -108,9 +110,12 @@ def _whole_bytes(tree: Any) -> int:
 def staged(setup: Setup, tokens: jax.Array, stage: int) -> Trial:
     """The same loss and optimizer through `jzero.make_train_step` and `jzero.shard`."""
     options = setup.options
-    train_step = make_train_step(setup.model.loss, setup.optimizer, precision=setup.precision, accumulate=options.accumulate)
-    step = shard(train_step, stage=stage, mesh=setup.mesh, remat=options.remat)
-    state = step.init(lambda key: train_step.init(setup.model.init(key)), jax.random.key(options.seed))
+    loss, arrange = setup.model.loss, lambda params: params
+    if axis_size(setup.mesh, "pipe") > 1:
+        loss, arrange = pipeline(setup.model)
+    train_step = make_train_step(loss, setup.optimizer, precision=setup.precision, accumulate=setup.accumulate)
+    step = shard(train_step, stage=stage, mesh=setup.mesh, remat=options.remat, rules=setup.tensor_rules)
+    state = step.init(lambda key: train_step.init(arrange(setup.model.init(key))), jax.random.key(options.seed))
     start = time.perf_counter()
     report = step.report(state, tokens).to_dict()  # compiles
     costs = {name: report[name] for name in ("bytes_at_rest", "wire_bytes", "temp_bytes", "peak_bytes", "findings")}

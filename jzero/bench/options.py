@@ -9,10 +9,11 @@ from jzero import precision as precisions
 from jzero import remat as remats
 from jzero import stages
 from jzero._errors import explain, suggest
-from jzero._types import BATCH_AXES, MESH_AXES
+from jzero._types import MESH_AXES
 from jzero.models import preset
 
 WHO = "jzero.bench"
+AXES = tuple(axis for axis in MESH_AXES if axis != "expert")  # the bench's models are dense
 _EPILOG = "With no accelerator 8 CPU devices are simulated. Absolute times are comparable within one run only."
 
 
@@ -27,7 +28,7 @@ class Options(NamedTuple):
     precision: str | None
     batch: int | None
     seq: int | None
-    accumulate: int
+    accumulate: int | None
     remat: str | None
     steps: int
     learning_rate: float
@@ -58,12 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default="gpt2-tiny", help="gpt2-tiny, gpt2-124m/355m/774m/1.5b, llama-tiny/1b/8b/70b/405b")
     add("--stage", default="0,1,2,3", help="ZeRO stages to run, comma-separated")
     add("--no-plain", action="store_true", help="leave out plain JAX (hand-written jit, everything replicated)")
-    add("--mesh", default="", help="sizes of mesh axes, such as data=4,replica=2; default: all devices on data")
+    add("--mesh", default="", help="sizes of mesh axes, such as pipe=2,data=2,tensor=2; default: all devices on data")
     add("--devices", type=int, help="how many CPU devices to simulate, or how many of the real ones to use")
     add("--precision", help="fp32, bf16, fp16 or bf16-pure; default fp32 on CPU, bf16 elsewhere")
     add("--batch", type=int, help="sequences per step over all devices; default 2 (CPU) or 8 per device and microbatch")
     add("--seq", type=int, help="tokens per sequence; default 128 (CPU) or 1024")
-    add("--accumulate", type=int, default=1, help="microbatches per step")
+    add("--accumulate", type=int, help="microbatches per step; default 1, with pipe twice its size")
     add("--remat", help="none, full or dots: what the backward pass computes again, per layer")
     add("--steps", type=int, default=20)
     add("--learning-rate", type=float, default=1e-3, help="AdamW, after a short linear warmup")
@@ -88,11 +89,11 @@ def parse_stages(text: str) -> tuple[int, ...]:
 def parse_mesh(text: str) -> dict[str, int]:
     """`"data=4,replica=2"` -> {"data": 4, "replica": 2}, of the axes that the bench's models are split over."""
     mesh = meshes.parse(text, who=WHO)
-    unknown = [axis for axis in mesh if axis not in BATCH_AXES]
+    unknown = [axis for axis in mesh if axis not in AXES]
     if unknown:
-        context = suggest(unknown[0], BATCH_AXES)
-        other = ", ".join(axis for axis in MESH_AXES if axis not in BATCH_AXES)
-        fix = f"Use data (sharded over) and replica (repeated over); the bench's models do not use {other}."
+        context = suggest(unknown[0], AXES)
+        other = ", ".join(axis for axis in MESH_AXES if axis not in AXES)
+        fix = f"Use {', '.join(AXES)}; the bench's models do not use {other}."
         raise ValueError(
             explain(WHO, "unknown mesh axis", found=[f"--mesh {text}: {a!r}" for a in unknown], context=context, fix=fix)
         )

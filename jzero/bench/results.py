@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 
+from jzero.attention import choose_attention
 from jzero.bench.contenders import Trial
 from jzero.bench.peak import Peak
 from jzero.bench.setup import Setup
 from jzero.bench.training import milliseconds, versions
+from jzero.mesh import axis_size
 from jzero.models import FLOPS_FORMULA
-from jzero.models.layers import choose_attention
 from jzero.precision import get as get_precision
 
 
@@ -60,6 +61,11 @@ def _peak_bytes(costs: Mapping[str, Any], setup: Setup) -> int:
     return max(costs["peak_bytes"], resting + costs["temp_bytes"])
 
 
+def _attention(setup: Setup) -> str:
+    computed = choose_attention(get_precision(setup.precision).compute)
+    return f"{computed}; {setup.attention_kind} over 'sequence'" if axis_size(setup.mesh, "sequence") > 1 else computed
+
+
 def _shared(setup: Setup, peak: Peak, *, simulated: bool) -> dict[str, Any]:
     options = setup.options
     return {
@@ -67,13 +73,13 @@ def _shared(setup: Setup, peak: Peak, *, simulated: bool) -> dict[str, Any]:
         "vocab_rows": setup.model.config.padded_vocab_size,
         "batch": setup.batch,
         "seq": setup.seq,
-        "accumulate": options.accumulate,
+        "accumulate": setup.accumulate,
         "remat": options.remat,
         "steps": options.steps,
         "seed": options.seed,
         "optimizer": f"adamw, learning rate {options.learning_rate:g} after a linear warmup",
         "data": options.data or "Python's documentation (pydoc_data.topics)",
-        "attention": choose_attention(get_precision(setup.precision).compute),
+        "attention": _attention(setup),
         "peak_flops_per_device": peak.flops,
         "peak_source": peak.source,
         "simulated": simulated,

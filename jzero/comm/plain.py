@@ -36,42 +36,88 @@ class Manual:
     A split may also name axes that are Auto there (`tensor`): each of their devices then sends its own piece. Left to the
     partitioner, a value split over `tensor` is first gathered whole for a collective over `data`, and split again after it.
 
+    `also`: Auto axes that ZeRO shards over too, on dims of their own or behind `axis` on its dim. Over them the partitioner
+    gathers, after `axis` and so from pieces, and reduces before it: neither parameter nor gradient crosses `axis` whole.
+
     `widens`: sums of bfloat16 are said in float32. XLA:CPU does that to all of them, and ends the process where Auto axes stand
     beside the manual ones (jax 0.11.2).
     """
 
     axis: str = "data"
     widens: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def is_local(self) -> bool:
         return True
 
     def gather(self, shard: jax.Array, split: Split) -> jax.Array:
-        gather = partial(jax.lax.all_gather, axis_name=self.axis, axis=self._dim(split), tiled=True)
-        return self._piece_by_piece(gather, shard, split)
+        dim = self._dim(split)
+        if dim is None:
+            return self._with_others(shard, split)
+        behind = without(split[dim : dim + 1], self.axis)
+        gather = partial(jax.lax.all_gather, axis_name=self.axis, axis=dim, tiled=behind == (None,))
+        inside = (*split[:dim], *behind, *split[dim + 1 :])
+        if behind == (None,):
+            return self._with_others(self._piece_by_piece(gather, shard, inside, inside), inside)
+        stacked = (*split[:dim], None, *behind, *split[dim + 1 :])  # a new dim for `axis`, outside what lies behind it
+        pieces = self._with_others(self._piece_by_piece(gather, shard, inside, stacked), stacked)
+        return pieces.reshape(*shard.shape[:dim], -1, *shard.shape[dim + 1 :])
 
     def reduce(self, whole: jax.Array, split: Split, dtype: Any) -> jax.Array:
-        scatter = partial(jax.lax.psum_scatter, axis_name=self.axis, scatter_dimension=self._dim(split), tiled=True)
-        return self._piece_by_piece(scatter, whole.astype(self.sum_dtype(dtype)), split).astype(dtype)
+        """Over `also` said in two steps, whole and then split, which compilers make a reduce-scatter of. Said in one, the
+        partitioner makes the product that ends in `whole` from gathered activations, and sums nothing.
+        """
+        dim, whole = self._dim(split), self._with_others(whole.astype(self.sum_dtype(dtype)), split)
+        if dim is None:
+            return self._place(whole, split).astype(dtype)
+        behind = without(split[dim : dim + 1], self.axis)
+        scatter = partial(jax.lax.psum_scatter, axis_name=self.axis, scatter_dimension=dim, tiled=behind == (None,))
+        inside = (*split[:dim], *behind, *split[dim + 1 :])
+        if behind == (None,):
+            return self._piece_by_piece(scatter, whole, inside, inside).astype(dtype)
+        num = jax.lax.axis_size(self.axis)
+        stacked = (*split[:dim], None, *behind, *split[dim + 1 :])
+        pieces = whole.reshape(*whole.shape[:dim], num, -1, *whole.shape[dim + 1 :])
+        return self._piece_by_piece(scatter, pieces, stacked, inside).astype(dtype)
+
+    def _with_others(self, value: jax.Array, split: Split) -> jax.Array:
+        """Whole over `also`, where each device would otherwise go on with its piece."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if all(mesh.shape.get(name, 1) == 1 for name in self.also):
+            return value
+        for name in (self.axis, *self.also):
+            split = without(split, name)
+        return self._place(value, split)
+
+    def _place(self, value: jax.Array, split: Split) -> jax.Array:
+        """A constraint; of an axis that does not divide its dim, nothing."""
+        mesh = jax.sharding.get_abstract_mesh()
+        entries = [
+            entry if size % _num_parts(entry, mesh) == 0 else None for entry, size in zip(split, value.shape, strict=True)
+        ]
+        return jax.lax.with_sharding_constraint(value, PartitionSpec(*entries))
 
     def sum_dtype(self, dtype: Any) -> Any:
         """What a sum that was asked for in `dtype` is computed and sent in."""
         return jnp.float32 if self.widens and jnp.dtype(dtype) == jnp.bfloat16 else dtype
 
-    def _piece_by_piece(self, collective: Callable[[jax.Array], jax.Array], value: jax.Array, split: Split) -> jax.Array:
+    def _piece_by_piece(
+        self, collective: Callable[[jax.Array], jax.Array], value: jax.Array, before: Split, after: Split
+    ) -> jax.Array:
+        """The collective on each piece by itself, given how the value and the result are split over axes that are Auto here."""
         mesh = jax.sharding.get_abstract_mesh()
-        entries = [None if entry == self.axis else entry for entry in split]
-        dims = zip(entries, value.shape, strict=True)
-        spec = [entry if size % _num_parts(entry, mesh) == 0 else None for entry, size in dims]
-        axes = frozenset(name for entry in spec for name in _names(entry))
+        odd = {entry for entry, size in zip(before, value.shape, strict=True) if size % _num_parts(entry, mesh)}
+        ins, outs = ([None if entry in odd else entry for entry in split] for split in (before, after))
+        axes = frozenset(name for entry in ins for name in _names(entry))
         if not axes:
             return collective(value)
-        place = PartitionSpec(*spec)
-        return jax.shard_map(collective, in_specs=place, out_specs=place, axis_names=axes, check_vma=False)(value)
+        specs = PartitionSpec(*ins), PartitionSpec(*outs)
+        return jax.shard_map(collective, in_specs=specs[0], out_specs=specs[1], axis_names=axes, check_vma=False)(value)
 
-    def _dim(self, split: Split) -> int:
-        return next(dim for dim, entry in enumerate(split) if entry == self.axis)
+    def _dim(self, split: Split) -> int | None:
+        """The dim that `axis` splits; none if only other axes split the value."""
+        return next((dim for dim, entry in enumerate(split) if self.axis in _names(entry)), None)
 
 
 @dataclass(frozen=True)
@@ -80,6 +126,7 @@ class Auto:
 
     mesh: Mesh
     axis: str = "data"
+    also: tuple[str, ...] = ()  # axes that ZeRO shards over too: gathered after `axis`, from pieces
 
     @property
     def is_local(self) -> bool:
@@ -87,7 +134,12 @@ class Auto:
 
     def gather(self, shard: jax.Array, split: Split) -> jax.Array:
         """Said twice, before and after: else the partitioner may gather earlier, before a barrier that keeps two uses apart."""
-        return self.place(self.place(shard, split), without(split, self.axis))
+        value = self.place(shard, split)
+        for name in (self.axis, *self.also):
+            if any(name in _names(entry) for entry in split):
+                split = without(split, name)
+                value = self.place(value, split)
+        return value
 
     def reduce(self, whole: jax.Array, split: Split, dtype: Any) -> jax.Array:
         return self.place(whole.astype(dtype), split)

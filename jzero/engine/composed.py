@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jzero import _compat
 from jzero import precision as precisions
 from jzero._tree import is_key
+from jzero._types import ALSO_AXES, ZERO_AXES
 from jzero.comm import Auto, Comm, Manual
 from jzero.engine.layout import Layout, Options, Trace, check_effects, check_same_state
 from jzero.engine.scalars import add_up
@@ -149,18 +150,19 @@ class Gradients:
 
         def split(index: int) -> Any:
             entries = self.layout.split(index)
-            is_zero = [AXIS in (entry if isinstance(entry, tuple) else (entry,)) for entry in entries]
-            if not any(is_zero) or self.options.stage.gather == "never":
+            if not any(set(ZERO_AXES) & set(_names(entry)) for entry in entries) or self.options.stage.gather == "never":
                 return None
-            here = (AXIS if yes else self._elsewhere(entry) for yes, entry in zip(is_zero, entries, strict=True))
-            return tuple(here) if comm.is_local else entries
+            return tuple(map(self._by_hand_or_elsewhere, entries)) if comm.is_local else entries
 
         return tuple(split(index) for index in range(len(self.leaves)))  # params come first in a TrainState
 
-    def _elsewhere(self, entry: Any) -> Any:
-        """An entry without the axes that are manual: how the partitioner splits what is left."""
-        names = [name for name in (entry if isinstance(entry, tuple) else (entry,)) if name not in (None, *self.manual_axes)]
-        return tuple(names) if len(names) > 1 else next(iter(names), None)
+    def _by_hand_or_elsewhere(self, entry: Any) -> Any:
+        """`data`, alone or before the other axes that ZeRO shards over; else how the partitioner splits what is left."""
+        names = _names(entry)
+        if AXIS in names:
+            return names if names[0] == AXIS and len(names) > 1 and set(names[1:]) <= set(ALSO_AXES) else AXIS
+        names = tuple(name for name in names if name not in self.manual_axes)
+        return names if len(names) > 1 else next(iter(names), None)
 
     def _holding(self, comm: Comm) -> Holding:
         stage, policy = self.options.stage, self.step.policy
@@ -217,14 +219,16 @@ class Gradients:
         """Every value is the whole batch's: exact for any loss, at the cost of a reduction in every microbatch."""
         rngs = partial(self.step.microbatch_key, self.key, shard=0)
         scale = self.state.loss_scale.scale
-        sums, weight, program = self._sums(self.leaves, self.batch, self.state.model_state, rngs, scale, Auto(self.mesh), 1)
+        comm = Auto(self.mesh, also=ALSO_AXES)
+        with _compat.mesh_shown(self.mesh):
+            sums, weight, program = self._sums(self.leaves, self.batch, self.state.model_state, rngs, scale, comm, 1)
         return sums, squares(sums.grads), weight, program
 
     def _by_shard(self) -> tuple[gradient.Sums, jax.Array, Normaliser, gradient.LossProgram]:
         """Every shard computes its own examples' sums, with the batch axes manual; then they are added up."""
         comm, traced = self._by_hand(), []
         splits = self._splits(comm)
-        over_data = [[entry if entry == AXIS else None for entry in split or ()] for split in splits]
+        over_data = [[AXIS if AXIS in _names(entry) else None for entry in split or ()] for split in splits]
         specs = [PartitionSpec(*entries) for entries in over_data]
         whole, by_row = PartitionSpec(), PartitionSpec(self.batch_axes)
 
@@ -248,7 +252,8 @@ class Gradients:
 
     def _added_up(self, sums: gradient.Sums, splits: Sequence[Any]) -> tuple[gradient.Sums, jax.Array]:
         """What shards still hold apart, in two collectives: whole leaves and the replicas' shards, then all scalars."""
-        grads = [self._across(grad, bool(split)) for grad, split in zip(sums.grads, splits, strict=True)]
+        splits = [any(AXIS in _names(entry) for entry in split or ()) for split in splits]
+        grads = [self._across(grad, split) for grad, split in zip(sums.grads, splits, strict=True)]
         num_data, num_replicas = axis_size(self.mesh, AXIS), self.num_shards // axis_size(self.mesh, AXIS)
         copies = jnp.array([num_replicas if split else num_replicas * num_data for split in splits], jnp.float32)
         parts = (sums.loss, sums.weight, sums.aux.averaged, sums.aux.summed, squares(grads) / copies)
@@ -266,7 +271,7 @@ class Gradients:
 
     def _by_hand(self) -> Manual:
         is_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return Manual(AXIS, widens=is_cpu and len(self.mesh.axis_names) > len(self.manual_axes))
+        return Manual(AXIS, widens=is_cpu and len(self.mesh.axis_names) > len(self.manual_axes), also=ALSO_AXES)
 
     def _averaged(self, model_state: Any) -> Any:
         """`reduction="local"` lets shards' model states differ; their mean is what all go on with."""
@@ -276,6 +281,10 @@ class Gradients:
             return jax.lax.pmean(leaf, self.batch_axes) if is_real else leaf
 
         return jax.tree.map(mean, model_state)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _any(*specs: Any) -> tuple[Any, ...]:

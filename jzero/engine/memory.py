@@ -75,6 +75,7 @@ def kept(found: hlo.Liveness, allowed: Container[int]) -> list[hlo.Buffer]:
         and not is_backward(buffer.op_name)
         and is_backward(buffer.last_read)
         and buffer.elements not in allowed
+        and not buffer.shape.startswith(("s", "u", "pred"))  # of integers: tokens, not weights
     ]
 
 

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 
+from jzero import _compat
 from jzero._errors import explain
+from jzero._types import ALSO_AXES
 from jzero.comm import Auto
 from jzero.engine.layout import Layout, Options, Trace, check_effects, check_same_state
 from jzero.gather import Fact, constrained
@@ -26,10 +28,14 @@ def facts_of(layout: Layout) -> list[Fact | None]:
 
 def build(fn: Callable[..., Any], layout: Layout, options: Options, traces: list[Trace]) -> Callable[..., Any]:
     """`fn` with a sharding constraint at each use of a sharded leaf, to be jitted under the layout's shardings."""
-    reading, comm = Reading(True, dict(options.mesh.shape)), Auto(options.mesh)
+    reading, comm = Reading(True, dict(options.mesh.shape)), Auto(options.mesh, also=ALSO_AXES)
     facts = facts_of(layout)
 
     def sharded(state: Any, *batch: Any) -> tuple[Any, Any]:
+        with _compat.mesh_shown(options.mesh):
+            return in_sight_of_the_mesh(state, *batch)
+
+    def in_sight_of_the_mesh(state: Any, *batch: Any) -> tuple[Any, Any]:
         jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(state, *batch)
         _check_result(state, shapes)
         check_effects(jaxpr, options)

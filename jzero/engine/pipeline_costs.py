@@ -48,6 +48,7 @@ class Plan(NamedTuple):
     policy: PrecisionPolicy
     axes: dict[str, int]  # of the mesh, in its order: replica, data, pipe
     num_scalars: int
+    busy_ticks: tuple[int, ...]  # in how many ticks some device embeds, ends, returns, and makes weight gradients
 
 
 def summary(plan: Plan) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def summary(plan: Plan) -> dict[str, Any]:
     size = lambda leaves: sum(map(num_bytes, leaves))
     needed = schedule.num_microbatches * schedule.num_chunks
     turns = {"gather": 2 * needed, "reduce": needed}
-    runs = {"gather": schedule.num_ticks, "reduce": _num_ticks(plan)[3]}
+    runs = {"gather": schedule.num_ticks, "reduce": plan.busy_ticks[3]}
     in_ticks = {"gather": plan.stage.gather == "use", "reduce": plan.stage.reduce == "use"}
     some = any(part.is_split for part in plan.parts)
     beyond = {what: runs[what] / turns[what] - 1 for what in turns if in_ticks[what] and some}
@@ -67,7 +68,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "microbatches": schedule.num_microbatches,
         "ticks": schedule.num_ticks,
         "bubble_fraction": schedule.bubble_fraction,
-        "waiting_fraction": schedule.waste(),
+        "waiting_fraction": schedule.waiting_fraction,
         "stash_bytes": slots.num_saved * rows * size(plan.saved),
         "weight_stash_bytes": slots.num_kept * rows * size(plan.kept),
         "exchange_bytes": (max(slots.num_activations, 1) + max(slots.num_gradients, 1)) * size(plan.x),
@@ -151,14 +152,14 @@ def _add_part(plan: Plan, part: Part, add: Any) -> None:
     add(["replica"] if part.is_split else ["replica", "data"], "all-reduce", rest, policy.reduce_once)
 
 
-def _num_ticks(plan: Plan) -> list[int]:
+def busy_ticks(slots: Slots) -> tuple[int, ...]:
     """In how many ticks some device embeds, ends, returns, and makes weight gradients."""
-    return [int(count) for count in executor.flags(plan.slots).sum(axis=0)]
+    return tuple(int(count) for count in executor.flags(slots).sum(axis=0))
 
 
 def _turns(plan: Plan, part: Part) -> tuple[int, int]:
     """How often a split leaf is gathered and reduced at stages 2 and 3: in ticks."""
-    embeds, ends, returns, reduces = _num_ticks(plan)
+    embeds, ends, returns, reduces = plan.busy_ticks
     gathers_here = plan.stage.gather == "use"
     if part.part == "layers":
         return plan.schedule.num_ticks * gathers_here, reduces

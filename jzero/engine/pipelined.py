@@ -262,7 +262,7 @@ class PipelineGradients(Gradients):
         plan = pipeline_costs.Plan(
             self.schedule, self.slots, self.stages, self.is_stacked, sum(self.stages.counts),
             [pipeline_costs.Part(*row) for row in rows], jax.tree.leaves(self.x), job.layer.saved, job.layer.kept,
-            self.options.stage, self.step.policy, axes, num_scalars,
+            self.options.stage, self.step.policy, axes, num_scalars, pipeline_costs.busy_ticks(self.slots),
         )  # fmt: skip
         self.trace.num_scalars, self.trace.formula = num_scalars, pipeline_costs.wire(plan)
         self.trace.pipeline = pipeline_costs.summary(plan)

@@ -11,15 +11,15 @@ import pallas_kernels
 from jzero import audit as audits
 from jzero import hlo, traffic
 from jzero._tree import num_bytes, short
-from jzero._types import ROLES
+from jzero._types import ALSO_AXES, BATCH_AXES, ROLES, ZERO_AXES
 from jzero.engine import memory, serving
-from jzero.engine.achieved import Subject
+from jzero.engine.achieved import ASKED_FOR, Subject
 from jzero.engine.layout import Layout, Options, Trace
 from jzero.mesh import axis_size, batch_axes
 from jzero.offload.asked import HOST
 from jzero.offload.host import KIND
 from jzero.report import Report
-from jzero.rules.batch import is_split
+from jzero.rules import batch_spec
 from jzero.step import TrainStep
 from jzero.step import params as parameters
 
@@ -96,10 +96,9 @@ def _resting(layout: Layout, batch: Any, shardings: list[Any], options: Options)
             continue
         row["measured"] += audits.shard_bytes(aval, sharding)
         row["formula"] += num_bytes(aval) // num_pieces(placement.spec, options)
-    num_shards = axis_size(options.mesh, batch_axes(options.mesh))
     for leaf in jax.tree.leaves(batch):
         size = num_bytes(jax.ShapeDtypeStruct(jax.numpy.shape(leaf), jax.dtypes.result_type(leaf)))
-        per_device = size // num_shards if is_split(leaf) else size
+        per_device = size // num_pieces(batch_spec(leaf, options.mesh), options)
         table["batch"]["measured"] += per_device
         table["batch"]["formula"] += per_device
     return table
@@ -123,12 +122,15 @@ def _composed(fn: TrainStep, layout: Layout, options: Options, trace: Trace, use
     params = jax.tree.unflatten(layout.treedef, layout.avals).params
     mask = parameters.trainable_mask(params, fn.trainable)
     rows = [
-        traffic.Param(layout.num_elements(index), _has_data(layout.split(index)) and options.stage.number > 0, trains)
+        traffic.Param(
+            layout.num_elements(index), _has_data(layout.split(index)) and options.stage.number > 0, trains,
+            layout.num_elements(index, apart=ZERO_AXES), _also(layout.split(index)),
+        )
         for index, trains in enumerate(mask)
-    ]
+    ]  # fmt: skip
     micro = fn.accumulate
     wire = traffic.Wire(fn.policy.compute, fn.policy.reduce, fn.policy.reduce_once, micro)
-    axes = {name: size for name, size in options.mesh.shape.items() if name in ("replica", "data")}
+    axes = {name: size for name, size in options.mesh.shape.items() if name in (*BATCH_AXES, *ALSO_AXES)}
     return traffic.composed(options.stage, rows, uses, wire, axes, trace.num_scalars)
 
 
@@ -137,11 +139,20 @@ def _opaque(layout: Layout, options: Options, uses: list[Any]) -> traffic.Table:
         p.leaf.owner for i, p in enumerate(layout.placements) if p.leaf.owner is not None and _has_data(layout.split(i))
     }
     rows = [
-        (layout.num_elements(index), aval.dtype, index in split_owners)
+        traffic.OpaqueParam(
+            layout.num_elements(index), layout.num_elements(index, apart=ZERO_AXES), aval.dtype, index in split_owners
+        )
         for index, (aval, placement) in enumerate(zip(layout.avals, layout.placements, strict=True))
         if placement.leaf.role == "params"
     ]
-    return traffic.opaque(options.stage, rows, uses, axis_size(options.mesh, "data"))
+    axes = {name: size for name, size in options.mesh.shape.items() if name == "data" or (name in ALSO_AXES and size > 1)}
+    return traffic.opaque(options.stage, rows, uses, axes)
+
+
+def _also(split: tuple[Any, ...]) -> tuple[str, ...]:
+    """The axes beside `data` that ZeRO splits a leaf over."""
+    names = {name for entry in split for name in (entry if isinstance(entry, tuple) else (entry,))}
+    return tuple(axis for axis in ALSO_AXES if axis in names)
 
 
 def _has_data(split: tuple[Any, ...]) -> bool:
@@ -200,7 +211,8 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
     ]
     if options.saves_on_host and not memory.shows_host(options.mesh):
         found.append("this compiler does not show memories apart: whether activations are saved in host memory is not checked")
-    strays = [one for one in audits.shuffles(measured) if not (trace.pipeline and "ppermute" in one.op_name)]
+    # Names of JAX's own collectives are what the user, a pipeline or `jzero.attention` asked for.
+    strays = [one for one in audits.shuffles(measured) if not any(name in one.op_name for name in ASKED_FOR)]
     found += [f"nobody asked for: {audits.describe(one, options.mesh)}" for one in strays[:10]]
     found += [
         f"in a loop of unknown length, counted once: {audits.describe(one, options.mesh)}"
@@ -212,7 +224,7 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
 def _idle_axes(layout: Layout, options: Options) -> list[str]:
     """Axes that neither split examples nor any leaf of the state."""
     used = {name for p in layout.placements for entry in p.spec for name in (entry if isinstance(entry, tuple) else (entry,))}
-    used |= {*batch_axes(options.mesh), *(["pipe"] if options.schedule is not None else [])}
+    used |= {*batch_axes(options.mesh), *ALSO_AXES, *(["pipe"] if options.schedule is not None else [])}
     idle = [name for name, size in options.mesh.shape.items() if size > 1 and name not in used]
     return [
         f"axis '{name}' ({options.mesh.shape[name]}) splits no leaf: its devices repeat each other's work, unless constraints "

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from jzero import _compat
+from jzero._types import ZERO_AXES
 from jzero.gather.views import dims_of
 
 Split = tuple[Any, ...]  # one entry per dim, as in a PartitionSpec: None, an axis name, or a tuple of them
@@ -51,6 +52,7 @@ class Use(NamedTuple):
     level: tuple[int, ...]  # the loops around it, by identity
     in_remat: bool
     num_elements: int  # of the whole operand; where axes other than `data` split it too, of the piece that one device gathers
+    num_whole: int  # once the other axes that ZeRO shards over (`sequence`) are gathered as well
 
 
 ELEMENTWISE = frozenset(
@@ -141,9 +143,9 @@ class Reading:
         names = [name for name in _names(entry) if self.local_axes is None or name in self.local_axes]
         return math.prod(self.axis_sizes[name] for name in names)
 
-    def num_pieces(self, split: Split) -> int:
+    def num_pieces(self, split: Split, *, apart: Sequence[str] = ("data",)) -> int:
         """In how many pieces axes other than `data` split a value: `data` gathers and reduces each by itself."""
-        return math.prod(self.axis_sizes[name] for entry in split for name in _names(entry) if name != "data")
+        return math.prod(self.axis_sizes[name] for entry in split for name in _names(entry) if name not in apart)
 
     def outcome(self, jaxpr: Any, facts: Facts) -> tuple[Fact | None, ...]:
         """Facts of a jaxpr's outputs, from those of its inputs."""
@@ -207,8 +209,9 @@ class Reading:
         for eqn, inputs, transfer in self.walk(jaxpr, facts, {}):
             for operand, (fact, enters) in enumerate(zip(inputs, transfer.entering, strict=True)):
                 if fact is not None and enters is None and fact.is_param:
-                    size = math.prod(eqn.invars[operand].aval.shape) // self.num_pieces(fact.split)
-                    yield Use(fact.leaf, eqn, operand, trips, level, in_remat, size)
+                    size = math.prod(eqn.invars[operand].aval.shape)
+                    piece, whole = (size // self.num_pieces(fact.split, apart=apart) for apart in (("data",), ZERO_AXES))
+                    yield Use(fact.leaf, eqn, operand, trips, level, in_remat, piece, whole)
             if any(transfer.entering) and transfer.kind in _BODIES:
                 rounds = eqn.params.get("length", 1)
                 inner = (*level, id(eqn)) if transfer.kind in ("scan", "while", "cond") else level

@@ -30,8 +30,9 @@ class Constrained:
 
         def beside(value: Any) -> Any:
             array, split = (value.parts, value.fact.split) if isinstance(value, Tracked) else (value, None)
-            moves = leaving.is_split and split != leaving.split and array.shape == shape
-            return self.comm.place(array, leaving.split) if moves else array
+            if not leaving.is_split or split == leaving.split or array.shape != shape:
+                return array
+            return self.comm.place(array, leaving.split)
 
         args = [
             beside(value) if var.aval.shape == shape else _array(value) for value, var in zip(values, eqn.invars, strict=True)
@@ -87,7 +88,7 @@ class Constrained:
         others = [index for index, value in enumerate(values) if not isinstance(value, Tracked) and hasattr(value, "aval")]
         if not tied or not others:
             return values
-        # Said to rest as shards: else the partitioner may take the operand as a slice of an earlier use's whole weight.
+        # Said to rest as shards: else the partitioner may make the barrier's operand a slice of the earlier use's whole weight.
         shards = [self.comm.place(values[index].parts, values[index].fact.split) for index in tied]
         values, moved = list(values), jax.lax.optimization_barrier([*shards, *(values[index] for index in others)])
         for index, value in zip(tied + others, moved, strict=True):

@@ -12,3 +12,4 @@ from jzero.models.config import LlamaConfig as LlamaConfig
 from jzero.models.config import ModelConfig as ModelConfig
 from jzero.models.config import RopeScaling as RopeScaling
 from jzero.models.config import preset as preset
+from jzero.models.pipeline import pipeline as pipeline

@@ -1,6 +1,7 @@
 """A model as a value: pure functions over a plain dict of parameters, with flax nnx modules inside."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +10,11 @@ from flax import nnx
 
 from jzero._errors import explain
 from jzero._tree import num_elements
+from jzero.attention import Attention, Kind
+from jzero.attention import attention as attention_by
 from jzero.models.config import GPT2Config, LlamaConfig, ModelConfig, preset
 from jzero.models.gpt2 import GPT2Layer, GPT2Outer
-from jzero.models.layers import Attention, run_layers
+from jzero.models.layers import run_layers
 from jzero.models.llama import LlamaLayer, LlamaOuter
 from jzero.models.loss import next_token_loss, next_token_loss_without_logits
 
@@ -41,6 +44,7 @@ def build(
     *,
     scan_layers: bool = True,
     attention: Attention | None = None,
+    attention_kind: Kind = "ulysses",
     loss: str = "plain",
     **changes: Any,
 ) -> Model:
@@ -50,6 +54,7 @@ def build(
         model: a preset's name or a config. Keyword `changes` replace fields of a preset.
         scan_layers: stack the layers and scan over them (compile time does not grow with depth), or unroll a list.
         attention: None chooses by device and dtype; "plain" or "cudnn" insists.
+        attention_kind: "ulysses" or "ring", on a mesh with an axis `sequence` (`jzero.attention`).
         loss: "plain", or the head of `pallas_kernels`: "fused" and "chunked" keep no logits for the backward pass, "reference"
             does, "auto" chooses (`jzero.models.loss`). Plans count the plain one.
 
@@ -65,9 +70,10 @@ def build(
     """
     config = preset(model, **changes) if isinstance(model, str) else model
     layer_class, outer_class = _MODULES[type(config)]
+    attend = partial(attention_by, kind=attention_kind, implementation=attention)
 
     def make_layer(key: jax.Array) -> nnx.Module:
-        return layer_class(config, attention=attention, rngs=nnx.Rngs(key))
+        return layer_class(config, attend=attend, rngs=nnx.Rngs(key))
 
     def make_outer(key: jax.Array) -> nnx.Module:
         return outer_class(config, rngs=nnx.Rngs(key))

@@ -1,22 +1,23 @@
-"""What GPT-2 and Llama share: lookup, causal attention, rotary positions, and running a stack of layers.
+"""What GPT-2 and Llama share: lookup, rotary positions, and running a stack of layers.
 
 Shapes: B batch, T sequence, V vocabulary, D model dim, H heads, K key-value heads, G = H / K, C head dim.
 Activations take the dtype of the parameters they meet; norms, softmax and rotation work in float32.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jzero import remat
+from jzero.attention import split_sequence
 from jzero.models.config import RopeScaling
 from jzero.models.matmul import dot_general, matmul_transposed
 
-Attention = Literal["plain", "cudnn"]
-_MASKED = -1e30  # finite: a row of -inf alone would make NaN, and its gradient too
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q[B, T, H, C], k and v[B, T, K, C] -> [B, T, H, C]
 
 
 class Embedding(nnx.Module):
@@ -26,41 +27,25 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(stddev * jax.random.normal(rngs.params(), (num_rows, dim)))  # [V, D]
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding[...], ids, axis=0)
+        return _not_by_sequence(jnp.take(self.embedding[...], _not_by_sequence(ids), axis=0))
 
     def logits(self, x: jax.Array) -> jax.Array:
         return matmul_transposed(x, self.embedding[...])
 
 
+def _not_by_sequence(x: jax.Array) -> jax.Array:
+    """Where `tensor` may split the table's rows, they are looked up for the whole sequence, which is split after that: XLA's
+    partitioner ends the process over a lookup in which table and indices are split (`ExpandDeviceGroupsWithIota`, jax 0.11.2).
+    """
+    axes = set(jax.sharding.get_abstract_mesh().auto_axes)
+    if not {"sequence", "tensor"} <= axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(PartitionSpec.UNCONSTRAINED, *(None,) * (x.ndim - 1)))
+
+
 def linear(num_in: int, num_out: int, *, stddev: float, use_bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
     kernel_init = nnx.initializers.normal(stddev)
     return nnx.Linear(num_in, num_out, use_bias=use_bias, kernel_init=kernel_init, dot_general=dot_general, rngs=rngs)
-
-
-def choose_attention(dtype: Any) -> Attention:
-    """cuDNN's fused attention for 16-bit activations on an NVIDIA GPU; plain XLA elsewhere. Decided while tracing."""
-    sixteen_bit = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-    return "cudnn" if sixteen_bit and jax.default_backend() == "gpu" else "plain"
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: Attention | None = None) -> jax.Array:
-    """Causal attention. q[B, T, H, C], k and v[B, T, K, C] -> [B, T, H, C]; H is a multiple of K.
-
-    `implementation=None` chooses by device and dtype (`choose_attention`); a name insists.
-    """
-    if (implementation or choose_attention(q.dtype)) == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    # Scores are recomputed in the backward pass: [B, H, T, T] is the largest thing a layer could save.
-    return jax.checkpoint(_attend_plain)(q, k, v)
-
-
-def _attend_plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    batch, length, num_heads, head_dim = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], num_heads // k.shape[2], head_dim)
-    scores = jnp.einsum("btkgc,bskc->bkgts", grouped, k).astype(jnp.float32) * head_dim**-0.5
-    causal = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
-    weights = jax.nn.softmax(jnp.where(causal, scores, _MASKED), axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskc->btkgc", weights, v).reshape(q.shape)
 
 
 def rotate(x: jax.Array, *, theta: float, scaling: RopeScaling | None) -> jax.Array:
@@ -87,11 +72,16 @@ def _rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) 
 
 
 def run_layers(layer: Callable[[jax.Array, Any], jax.Array], x: jax.Array, layers: Any) -> jax.Array:
-    """`x` through every layer: a scan over stacked parameters, or a loop over a list of them."""
+    """`x` through every layer: a scan over stacked parameters, or a loop over a list of them.
+
+    On a mesh with an axis `sequence`, x[B, T_sequence, D] at each end of a layer.
+    """
+    split = lambda x, params: split_sequence(layer(x, params))
+    x = split_sequence(x)
     if isinstance(layers, list | tuple):
-        body = remat.wrap_layer(layer, scanned=False)
+        body = remat.wrap_layer(split, scanned=False)
         for params in layers:
             x = body(x, params)
         return x
-    body = remat.wrap_layer(layer)
+    body = remat.wrap_layer(split)
     return jax.lax.scan(lambda x, params: (body(x, params), None), x, layers)[0]

@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from jzero.models.config import LlamaConfig
-from jzero.models.layers import Attention, Embedding, attend, linear, rotate
+from jzero.models.layers import Attend, Embedding, linear, rotate
 from jzero.models.tensor import COLUMNS, ROWS, split
 
 _STDDEV = 0.02
@@ -18,8 +18,8 @@ tensor_rules = (
 class LlamaLayer(nnx.Module):
     """x + attention(norm(x)), then x + swiglu(norm(x)). Kernels are [in, out]."""
 
-    def __init__(self, config: LlamaConfig, *, attention: Attention | None, rngs: nnx.Rngs):
-        self.config, self.attention = config, attention
+    def __init__(self, config: LlamaConfig, *, attend: Attend, rngs: nnx.Rngs):
+        self.config, self.attend = config, attend
         kv_dim, q_dim = config.num_kv_heads * config.head_dim, config.num_heads * config.head_dim
 
         def kernel(num_in: int, num_out: int) -> nnx.Linear:
@@ -41,7 +41,7 @@ class LlamaLayer(nnx.Module):
         config, heads = self.config, (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
         q, k = (rotate(part, theta=config.rope_theta, scaling=config.rope_scaling) for part in (q, k))
-        return self.o(attend(q, k, v, implementation=self.attention).reshape(*x.shape[:2], -1))
+        return self.o(self.attend(q, k, v).reshape(*x.shape[:2], -1))
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:

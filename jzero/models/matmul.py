@@ -32,13 +32,17 @@ def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **optio
 
 
 def _weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-    """x^T g, summed over all leading dims -> [D, F]."""
-    x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    return jax.lax.platform_dependent(x, g, cpu=_product_of_transposed_copy, default=lambda x, g: x.T @ g)
+    """x^T g, summed over all leading dims -> [D, F]. They are not merged, for the partitioner could not follow a split one."""
+    return jax.lax.platform_dependent(x, g, cpu=_product_of_transposed_copy, default=_product)
+
+
+def _product(x: jax.Array, g: jax.Array) -> jax.Array:
+    return jnp.tensordot(jnp.moveaxis(x, -1, 0), g, x.ndim - 1)
 
 
 def _product_of_transposed_copy(x: jax.Array, g: jax.Array) -> jax.Array:
-    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(x.T) @ g)
+    x = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0))
+    return jax.lax.optimization_barrier(jnp.tensordot(x, g, x.ndim - 1))
 
 
 def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

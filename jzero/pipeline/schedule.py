@@ -89,6 +89,11 @@ class Schedule:
         busy = sum(costs[entry.op] for row in self.table for entry in row if entry is not None)
         return 1.0 - busy / (self.time(costs) * self.num_pipe_stages)
 
+    @cached_property
+    def waiting_fraction(self) -> float:
+        """`waste()` under the default costs."""
+        return self.waste()
+
     def draw(self) -> str:
         """The table as text: one line per pipe stage, one column per tick."""
         from jzero.pipeline.drawing import text

@@ -3,14 +3,20 @@
 Temporaries are the largest of three moments of the step (`jzero.plan.moments`); `docs/plan.md` says how far they were off.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jzero import stages
 from jzero.audit import moved
 from jzero.models import GPT2Config, ModelConfig
-from jzero.plan import moments
+from jzero.plan import moments, pipelines
 from jzero.plan.job import Job
-from jzero.plan.shapes import leaves
+from jzero.plan.shapes import Leaf, leaves
+
+# Sums of activations over `tensor`, per layer and microbatch: two forward (after the second product of attention and MLP), two
+# backward (into the first ones, added up before they are sent), and where the layer is computed again attention's once more.
+_SUMS = {"none": 4, "dots": 4, "full": 5}
+_SUMS_OUTSIDE = 2  # the embedding's rows, looked up in pieces of the vocabulary; the head's gradient of its input
 
 
 class Memory(NamedTuple):
@@ -40,7 +46,7 @@ def memory(job: Job, *, fused_attention: bool = False) -> Memory:
 
     `fused_attention`: as on a GPU, whose cuDNN kernel writes no scores; what is compiled without a GPU writes them.
     """
-    size, found = moments.sizes(job), leaves(job.config)
+    size, found = moments.sizes(job), pipelines.held(job)
     stage = stages.get(job.stage)
     whole, shard = moments.elements(found, 1), moments.elements(found, job.data)
     rest = {
@@ -55,7 +61,22 @@ def memory(job: Job, *, fused_attention: bool = False) -> Memory:
 
 def wire(job: Job) -> dict[str, dict[str, int]]:
     """Axis -> kind -> bytes per device and step, with the ring algorithm; DESIGN's table of stages, leaf by leaf."""
-    size, stage, k = moments.sizes(job), stages.get(job.stage), job.accumulate
+    size = moments.sizes(job)
+    if job.pipe > 1:
+        table = pipelines.costs(job, moments.saved(job, size))[1]
+    else:
+        table = _zero(job, size, leaves(job.config, job.tensor))
+    if job.tensor > 1:
+        # Of one device's layers; a microbatch meets both ends once, whatever the number of pipe stages.
+        sums = _SUMS[job.remat] * pipelines.rows_of(job) + _SUMS_OUTSIDE
+        activation = size.compute * job.micro_tokens * job.config.dim
+        table["tensor"] = {"all-reduce": moved("all-reduce", activation * sums * job.accumulate, job.tensor)}
+    return table
+
+
+def _zero(job: Job, size: moments.Sizes, found: Sequence[Leaf]) -> dict[str, dict[str, int]]:
+    """What ZeRO moves of one device's pieces."""
+    stage, k = stages.get(job.stage), job.accumulate
     table: dict[str, dict[str, int]] = {}
 
     def add(axis: str, kind: str, amount: int, members: int) -> None:
@@ -63,13 +84,13 @@ def wire(job: Job) -> dict[str, dict[str, int]]:
             kinds = table.setdefault(axis, {})
             kinds[kind] = kinds.get(kind, 0) + moved(kind, amount, members)
 
-    both = "+".join(job.mesh)
-    for leaf in leaves(job.config):
+    both = "+".join(axis for axis in job.mesh if axis in ("replica", "data"))
+    for leaf in found:
         total = leaf.size * leaf.repeats
         if stage.gather == "never" or not leaf.is_split(job.data):
-            add(both, "all-reduce", size.reduce_once * total, job.num_devices)
+            add(both, "all-reduce", size.reduce_once * total, job.num_shards)
             continue
-        uses = k * (2 if leaf.repeats > 1 else 1) if stage.gather == "use" else 1
+        uses = k * (2 if leaf.is_layer else 1) if stage.gather == "use" else 1
         add("data", "all-gather", size.compute * total * uses, job.data)
         once = stage.reduce == "step"
         add("data", "reduce-scatter", (size.reduce_once if once else size.reduce * k) * total, job.data)

@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jzero.plan import closed, compiled
-from jzero.plan.job import Job
+from jzero.plan.job import AXES, Job
 from jzero.plan.room import usable_bytes
+from jzero.plan.shapes import tensor_sizes
 from jzero.plan.times import times
+
+_MOST_TENSOR = 8  # beyond a host's fast links nobody splits a layer
 
 
 class Change(NamedTuple):
@@ -55,8 +58,22 @@ def _stages(job: Job) -> Iterator[tuple[str, Job]]:
 
 
 def _meshes(job: Job) -> Iterator[tuple[str, Job]]:
-    if job.replica > 1:
-        yield f"--mesh data={job.num_devices}", job._replace(mesh={"data": job.num_devices})
+    """What shards more: replicas given to data, or a larger `tensor` axis taken from data."""
+    for mesh in (_with(job, replica=1, data=job.num_shards), *_more_tensor(job)):
+        if mesh != job.mesh and job.batch % (mesh.get("replica", 1) * mesh["data"] * job.accumulate) == 0:
+            yield f"--mesh {','.join(f'{axis}={size}' for axis, size in mesh.items())}", job._replace(mesh=mesh)
+
+
+def _more_tensor(job: Job) -> Iterator[dict[str, int]]:
+    for size in tensor_sizes(job.config):
+        if size > job.tensor and job.data % (size // job.tensor) == 0 and size % job.tensor == 0 and size <= _MOST_TENSOR:
+            yield _with(job, data=job.data // (size // job.tensor), tensor=size)
+
+
+def _with(job: Job, **sizes: int) -> dict[str, int]:
+    """The job's mesh with other sizes, in its order."""
+    found = {axis: sizes.get(axis, job.mesh.get(axis, 1)) for axis in AXES}
+    return {axis: size for axis, size in found.items() if size > 1 or axis == "data"}
 
 
 def _remats(job: Job) -> Iterator[tuple[str, Job]]:

@@ -62,7 +62,7 @@ def job_of(options: Options) -> Job:
     return make(
         options.model or "", options.target, stage=3 if options.stage is None else options.stage, mesh=options.mesh,
         seq=options.seq, batch=options.batch, tokens_per_batch=options.tokens_per_batch, precision=options.precision,
-        accumulate=options.accumulate, remat=options.remat,
+        accumulate=options.accumulate, remat=options.remat, schedule=options.schedule, any_split=options.search,
     )  # fmt: skip
 
 

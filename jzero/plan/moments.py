@@ -5,6 +5,7 @@ one layer's backward pass inside attention, and the update. What surprises is th
 leaves the head's weight gradient for later, so the gradient of the logits waits through the backward pass of the layers.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 from jzero import precision as precisions
 from jzero import stages
 from jzero.models import GPT2Config
-from jzero.plan import facts
+from jzero.plan import facts, pipelines
 from jzero.plan.job import Job
-from jzero.plan.shapes import Leaf, leaves
+from jzero.plan.shapes import Leaf
 
 Moment = dict[str, int]  # part -> bytes per device
 
@@ -40,15 +41,16 @@ def sizes(job: Job) -> Sizes:
     return Sizes(*(jnp.dtype(one).itemsize for one in fields))
 
 
-def elements(found: list[Leaf], num_shards: int) -> int:
+def elements(found: Sequence[Leaf], num_shards: int) -> int:
     """On one device, when the leaves that can be split are."""
     return sum(leaf.size * leaf.repeats // (num_shards if leaf.is_split(num_shards) else 1) for leaf in found)
 
 
 def moments(job: Job, *, fused_attention: bool = False) -> dict[str, Moment]:
     """Name -> what is alive then, at rest left out. `fused_attention`: as if its kernel wrote no scores."""
-    size, found, stage = sizes(job), leaves(job.config), stages.get(job.stage)
-    layers, whole, shard = [leaf for leaf in found if leaf.repeats > 1], elements(found, 1), elements(found, job.data)
+    size, found, stage = sizes(job), pipelines.held(job), stages.get(job.stage)
+    layers, whole, shard = [leaf for leaf in found if leaf.is_layer], elements(found, 1), elements(found, job.data)
+    is_pipeline = job.pipe > 1
     scattered, gathered = stage.reduce == "use", job.stage == 3 and job.data > 1
     table = size.compute * max(leaf.size for leaf in found if leaf.name in _TABLES)
     one_layer = size.compute * sum(leaf.size for leaf in layers)
@@ -56,10 +58,10 @@ def moments(job: Job, *, fused_attention: bool = False) -> dict[str, Moment]:
     summed = size.accumulate * (shard if scattered else whole)
     always = {
         "working copy": _copied(job, size, whole, shard, elements(layers, 1)),
-        "sum of gradients": summed if job.accumulate > 1 else 0,
-        "saved activations": job.micro_tokens * job.config.num_layers * saved(job, size),
+        "sum of gradients": summed if job.accumulate > 1 or is_pipeline else 0,
+        **_saved_activations(job, size),
     }
-    logits = size.compute * job.micro_tokens * (job.config.padded_vocab_size or job.config.vocab_size)
+    logits = size.compute * job.micro_tokens * (job.config.padded_vocab_size or job.config.vocab_size) // job.tensor
     head = {"logits": logits, "head gathered": table if gathered else 0, "gradient of the head": table}
     backward = {
         **({"logits": logits} if _head_waits(job) else {"gradient of the head": table}),
@@ -76,25 +78,34 @@ def moments(job: Job, *, fused_attention: bool = False) -> dict[str, Moment]:
     return {"head": always | head, "backward": always | backward, "update": update}
 
 
+def _saved_activations(job: Job, size: Sizes) -> Moment:
+    """Of the forward pass for the backward pass; in a pipeline of as many microbatches as it keeps, and what travels."""
+    if job.pipe == 1:
+        return {"saved activations": job.micro_tokens * job.config.num_layers * saved(job, size)}
+    summary, _ = pipelines.costs(job, saved(job, size))
+    return {"saved activations": summary["stash_bytes"] + summary["weight_stash_bytes"], "exchange": summary["exchange_bytes"]}
+
+
 def saved(job: Job, size: Sizes) -> int:
     """Bytes per token and layer that the forward pass leaves for the backward pass.
 
     "full": the residual stream. "dots": that and the results of the weights' products. "none": everything, of which
-    the norms keep float32.
+    the norms keep float32. What has the heads or the inner dim of the MLP is split over `tensor`.
     """
-    config, compute = job.config, size.compute
+    config, compute, pieces = job.config, size.compute, job.tensor
     dim = config.dim
     if isinstance(config, GPT2Config):
-        return {"full": dim * compute, "dots": 9 * dim * compute, "none": 14 * dim * compute + 6 * dim * _FLOAT32}[job.remat]
-    heads, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
-    dots = 2 * dim + heads + kv + 2 * config.ffn_dim
-    everything = 2 * heads + 2 * kv + 3 * config.ffn_dim + 4 * dim
+        dots, everything = 2 * dim + 7 * dim // pieces, 4 * dim + 10 * dim // pieces
+        return {"full": dim * compute, "dots": dots * compute, "none": everything * compute + 6 * dim * _FLOAT32}[job.remat]
+    heads, kv = config.num_heads * config.head_dim // pieces, 2 * config.num_kv_heads * config.head_dim // pieces
+    dots = 2 * dim + heads + kv + 2 * config.ffn_dim // pieces
+    everything = 2 * heads + 2 * kv + 3 * config.ffn_dim // pieces + 4 * dim
     return {"full": dim * compute, "dots": dots * compute, "none": everything * compute + 4 * dim * _FLOAT32}[job.remat]
 
 
 def scores(job: Job, size: Sizes) -> int:
     """Attention's scores when most of them are alive: plain attention's backward pass, recomputed."""
-    each = job.micro_sequences * job.config.num_heads * job.seq**2
+    each = job.micro_sequences * (job.config.num_heads // job.tensor) * job.seq**2
     if facts.is_tpu(job.parsed):
         return (_FLOAT32 + size.compute) * each  # its fusions write the weights and their gradient, nothing between
     if isinstance(job.config, GPT2Config):
@@ -105,22 +116,22 @@ def scores(job: Job, size: Sizes) -> int:
 
 def fused(job: Job) -> int:
     """What a fused kernel's backward pass has instead of scores: the query's gradient, summed in float32 (Dao, 2023)."""
-    return _FLOAT32 * job.micro_tokens * job.config.num_heads * job.config.head_dim
+    return _FLOAT32 * job.micro_tokens * job.config.num_heads * job.config.head_dim // job.tensor
 
 
 def worked(job: Job, size: Sizes) -> int:
     """Bytes per token of one layer's backward pass, its scores apart."""
     config = job.config
     if isinstance(config, GPT2Config):
-        return 16 * config.dim * size.compute
-    return (2 * config.ffn_dim + 8 * config.dim) * size.compute
+        return (4 + 12 // job.tensor) * config.dim * size.compute if job.tensor > 1 else 16 * config.dim * size.compute
+    return (2 * config.ffn_dim // job.tensor + 8 * config.dim) * size.compute
 
 
 def _head_waits(job: Job) -> bool:
     """Whether the head's weight gradient is left for after the layers: on GPUs, but not inside a loop over microbatches that
     reduces nothing, where the compiler orders for memory and not to hide collectives.
     """
-    return not facts.is_tpu(job.parsed) and (job.accumulate == 1 or job.stage >= 2)
+    return not facts.is_tpu(job.parsed) and (job.accumulate == 1 or job.stage >= 2) and job.pipe == 1
 
 
 def _copied(job: Job, size: Sizes, whole: int, shard: int, layers: int) -> int:

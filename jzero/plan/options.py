@@ -26,6 +26,7 @@ class Options(NamedTuple):
     precision: str
     accumulate: int
     remat: str
+    schedule: str | None
     closed_form_only: bool
     search: bool
     compile_best: int
@@ -78,15 +79,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="gpt2-tiny, gpt2-124m/355m/774m/1.5b, llama-tiny/1b/8b/70b/405b")
     add("--target", required=True, help="v5p:16x16x16, v5e:16x16*2 (two slices), h100:2x8 (hosts x devices)")
     add("--stage", type=int, choices=range(4), help="ZeRO stage; default 3, or the step's own")
-    add("--mesh", default="", help="sizes of mesh axes, such as data=8,replica=2; default: all devices on data")
+    add("--mesh", default="", help="sizes of mesh axes, such as data=8,replica=2 or pipe=4,tensor=8; default: the rest on data")
     add("--seq", help="tokens per sequence; default the model's, up to 8192")
     add("--batch", type=int, help="sequences per step over all devices; default one per device and microbatch")
     add("--tokens-per-batch", help="the same in tokens; k, M and G are powers of 1,024")
     add("--precision", default="bf16", help="fp32, bf16, fp16 or bf16-pure")
     add("--accumulate", type=int, default=1, help="microbatches per step")
     add("--remat", default="full", help="none, full or dots: what the backward pass computes again, per layer")
+    add("--schedule", help="of a pipeline: gpipe, 1f1b, interleaved, zb_h1 or breadth_first; default 1f1b")
     add("--closed-form-only", action="store_true", help="compile nothing: an answer within a second")
-    add("--search", action="store_true", help="try stage, mesh, microbatch, accumulate and remat; compile the best few")
+    add(
+        "--search",
+        action="store_true",
+        help="try stage, mesh (all axes), microbatch, accumulate and remat; compile the best few",
+    )
     add("--compile-best", type=int, default=2, help="how many candidates of a search to compile")
     add("--price", type=float, help="dollars per device and hour: adds dollars per 1e9 tokens")
     add(

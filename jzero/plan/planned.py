@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from jzero.plan import closed, compiled, facts, fit
+from jzero.models import GPT2Config
+from jzero.plan import closed, compiled, facts, fit, pipelines
 from jzero.plan.job import Job
 from jzero.plan.result import Plan
 from jzero.plan.room import usable_bytes
@@ -51,7 +52,20 @@ def plan_job(job: Job, *, compile_too: bool = True) -> Plan:
 def _notes(job: Job) -> list[str]:
     fused = human(closed.memory(job, fused_attention=True).peak_bytes)
     notes = [] if facts.is_tpu(job.parsed) or job.precision == "fp32" else [_GPU_ATTENTION.format(peak=fused)]
-    whole = [leaf.name for leaf in closed.leaves(job.config) if not leaf.is_split(job.data)]
+    whole = [leaf.name for leaf in closed.leaves(job.config, job.tensor) if not leaf.is_split(job.data)]
     if whole and job.stage and job.data > 1:
         notes.append(f"data={job.data} divides no dim of {', '.join(whole)}: they stay whole on every device.")
+    if job.pipe > 1:
+        schedule, facts_of = pipelines.schedule_of(job), pipelines.costs(job, 0)[0]
+        notes.append(
+            f"pipeline {schedule.name}: {schedule.num_ticks} ticks, bubble {schedule.bubble_fraction:.1%} where operations "
+            f"take one tick; devices wait {schedule.waiting_fraction:.1%} of the time where backward takes two forwards"
+        )
+        notes += [
+            f"layers {what} in {share:.0%} more ticks than their microbatches need: collectives run on all devices at once"
+            for what, share in facts_of["ticks_beyond_need"].items()
+            if share > 0
+        ]
+    if job.tensor > 1 and isinstance(job.config, GPT2Config):
+        notes.append("GPT-2's fused q, k and v are split across heads: all-to-alls over `tensor`, which are not counted here.")
     return notes

@@ -4,37 +4,68 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from jzero.plan import closed, compiled, machine
-from jzero.plan.job import Job, divisors
+from jzero.models import GPT2Config
+from jzero.plan import closed, compiled, facts, machine
+from jzero.plan.job import SCHEDULE, Job, divisors
 from jzero.plan.room import usable_bytes
+from jzero.plan.shapes import tensor_sizes
 from jzero.plan.times import times
 
 Tick = Callable[[int, int, str], None]  # done, to do, what is being done
 
 _REMATS = ("none", "dots", "full")
 _MICROBATCHES, _ACCUMULATES = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)
+_MOST_TENSOR_TPU, _MOST_PIPE, _MOST_MICROBATCHES = 16, 16, 512
 _NUM_ROWS = 8
 
 
 def candidates(job: Job, *, vary_batch: bool = False) -> Iterator[Job]:
     """Every combination of stage, mesh, microbatch, accumulate and remat; sequence and precision stay the job's.
 
-    The job's batch is split evenly in all ways, or with `vary_batch` follows from microbatch and accumulate.
+    The job's batch is split evenly in all ways, or with `vary_batch` follows from microbatch and accumulate. `tensor` stays
+    inside what fast links join. `pipe` divides the layers, and has at least two microbatches for each stage: with fewer the
+    bubble is a third and more.
     """
-    per_device = job.batch // job.num_devices
-    splits = [(per_device // count, count) for count in divisors(per_device)]
-    if vary_batch:
-        splits = [(micro, count) for micro in _MICROBATCHES for count in _ACCUMULATES]
-    for stage in range(4):
-        for replica in divisors(job.num_devices):
-            if stage == 0 and replica > 1:
+    for mesh in meshes(job):
+        num_shards = mesh.get("replica", 1) * mesh["data"]
+        pipe = mesh.get("pipe", 1)
+        for stage in range(4):
+            if stage == 0 and "replica" in mesh:
                 continue  # stage 0 repeats everywhere already
-            data = job.num_devices // replica
-            mesh = {"replica": replica, "data": data} if replica > 1 else {"data": data}
-            for micro, accumulate in splits:
-                batch = micro * accumulate * job.num_devices
+            for micro, accumulate in _splits(job, num_shards, pipe, vary_batch=vary_batch):
+                batch = micro * accumulate * num_shards
+                schedule = (job.schedule or SCHEDULE) if pipe > 1 else None
                 for remat in _REMATS:
-                    yield job._replace(stage=stage, mesh=mesh, batch=batch, accumulate=accumulate, remat=remat)
+                    yield job._replace(
+                        stage=stage, mesh=mesh, batch=batch, accumulate=accumulate, remat=remat, schedule=schedule
+                    )
+
+
+def meshes(job: Job) -> Iterator[dict[str, int]]:
+    """Every way to spread the devices over replica, data, pipe and tensor that fits the model and the machine."""
+    together = facts.devices_together(job.parsed)
+    most_tensor = together if not facts.is_tpu(job.parsed) else _MOST_TENSOR_TPU
+    for tensor in tensor_sizes(job.config):
+        if job.num_devices % tensor or tensor > most_tensor or (tensor > 1 and isinstance(job.config, GPT2Config)):
+            continue
+        for pipe in divisors(job.config.num_layers):
+            left, rest = divmod(job.num_devices // tensor, pipe)
+            if rest or pipe > _MOST_PIPE:
+                continue
+            for replica in divisors(left):
+                sizes = {"replica": replica, "data": left // replica, "pipe": pipe, "tensor": tensor}
+                yield {axis: size for axis, size in sizes.items() if size > 1 or axis == "data"}
+
+
+def _splits(job: Job, num_shards: int, pipe: int, *, vary_batch: bool) -> Iterator[tuple[int, int]]:
+    """(sequences per device and microbatch, microbatches)."""
+    least = 2 * pipe if pipe > 1 else 1
+    if vary_batch:
+        counts = _ACCUMULATES if pipe == 1 else [pipe * times for times in _ACCUMULATES if times > 1]
+        yield from ((micro, count) for micro in _MICROBATCHES for count in counts)
+    elif job.batch % num_shards == 0:
+        per_shard = job.batch // num_shards
+        yield from ((per_shard // count, count) for count in divisors(per_shard) if least <= count <= _MOST_MICROBATCHES)
 
 
 def search(
@@ -67,8 +98,12 @@ def search(
 
 def python_of(job: dict[str, Any]) -> str:
     """The lines to paste."""
-    mesh = ", ".join(f"{axis}={size}" for axis, size in job["mesh"].items())
-    padded = Job(**job).config.padded_vocab_size
+    one = Job(**job)
+    mesh = ", ".join(f"{axis}={size}" for axis, size in one.mesh.items())
+    family = "gpt2" if isinstance(one.config, GPT2Config) else "llama"
+    rules = f", rules=models.{family}.tensor_rules" if one.tensor > 1 else ""
+    schedule = f', schedule="{one.schedule}"' if one.pipe > 1 else ""
+    init = "train_step.init(arrange(model.init(key)))" if one.pipe > 1 else "train_step.init(model.init(key))"
     return "\n".join(
         [
             "import jax",
@@ -77,13 +112,16 @@ def python_of(job: dict[str, Any]) -> str:
             "import jzero",
             "from jzero import models",
             "",
-            f'model = models.build("{job["model"]}", padded_vocab_size={padded})',
+            f'model = models.build("{one.model}", padded_vocab_size={one.config.padded_vocab_size})',
+            *(["loss, arrange = models.pipeline(model)"] if one.pipe > 1 else []),
             "train_step = jzero.make_train_step(",
-            f'    model.loss, optax.adamw(3e-4), precision="{job["precision"]}", accumulate={job["accumulate"]}',
+            f'    {"loss" if one.pipe > 1 else "model.loss"}, optax.adamw(3e-4), precision="{one.precision}", '
+            f"accumulate={one.accumulate}",
             ")",
-            f'step = jzero.shard(train_step, stage={job["stage"]}, mesh=jzero.make_mesh({mesh}), remat="{job["remat"]}")',
-            "state = step.init(lambda key: train_step.init(model.init(key)), jax.random.key(0))",
-            f"# state, metrics = step(state, tokens), tokens: int32[{job['batch']}, {job['seq'] + 1}]",
+            f"mesh = jzero.make_mesh({mesh})",
+            f'step = jzero.shard(train_step, stage={one.stage}, mesh=mesh, remat="{one.remat}"{rules}{schedule})',
+            f"state = step.init(lambda key: {init}, jax.random.key(0))",
+            f"# state, metrics = step(state, tokens), tokens: int32[{one.batch}, {one.seq + 1}]",
         ]
     )
 

@@ -15,6 +15,7 @@ import optax
 
 from jzero import models
 from jzero.mesh import make_mesh
+from jzero.models import gpt2, llama
 from jzero.plan.job import Job
 from jzero.plan.own import figures_of
 from jzero.shard import shard
@@ -27,9 +28,13 @@ def measure(job: Job) -> dict[str, Any]:
     start = time.perf_counter()
     mesh = make_mesh(**job.mesh, devices=topology(job.target))
     model = models.build(job.config)
-    train_step = make_train_step(model.loss, optax.adamw(3e-4), precision=job.precision, accumulate=job.accumulate)
-    step = shard(train_step, stage=job.stage, mesh=mesh, remat=job.remat, strict=False)
-    state = jax.eval_shape(lambda key: train_step.init(model.init(key)), jax.random.key(0))
+    loss, arrange = models.pipeline(model) if job.pipe > 1 else (model.loss, lambda params: params)
+    rules = (gpt2 if isinstance(job.config, models.GPT2Config) else llama).tensor_rules if job.tensor > 1 else ()
+    train_step = make_train_step(loss, optax.adamw(3e-4), precision=job.precision, accumulate=job.accumulate)
+    step = shard(
+        train_step, stage=job.stage, mesh=mesh, remat=job.remat, rules=rules, schedule=job.schedule, strict=False
+    )  # fmt: skip
+    state = jax.eval_shape(lambda key: train_step.init(arrange(model.init(key))), jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((job.batch, job.seq + 1), jnp.int32)
     found = figures_of(step, state, (tokens,))
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kibibytes

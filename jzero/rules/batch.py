@@ -1,4 +1,4 @@
-"""Placement of the batch: dim 0 over the batch axes; keys and scalars whole."""
+"""Placement of the batch: dim 0 over the batch axes, dim 1 over `sequence`; keys and scalars whole."""
 
 import math
 from typing import Any
@@ -10,6 +10,8 @@ from jzero._errors import columns, explain
 from jzero._tree import is_key, named_leaves, short
 from jzero.mesh import axis_size, batch_axes, describe
 
+SEQUENCE = "sequence"
+
 
 def is_split(leaf: Any) -> bool:
     """Whether dim 0 of a batch leaf runs over examples: not for scalars, typed keys and old-style uint32[2] keys."""
@@ -18,7 +20,9 @@ def is_split(leaf: Any) -> bool:
 
 
 def batch_spec(leaf: Any, mesh: Mesh, path: str = "") -> PartitionSpec:
-    """The spec of one batch leaf, x[B_(replica,data), ...]; PRNG keys and scalars are replicated.
+    """The spec of one batch leaf, x[B_(replica,data), T_sequence, ...]; PRNG keys and scalars are replicated.
+
+    Where the mesh has an axis `sequence` that does not divide dim 1 (tokens[B, T + 1], say), that dim stays whole.
 
     Raises:
       ValueError: dim 0 is not a multiple of the batch axes' size. `check_batch` says it for a whole batch at once.
@@ -34,7 +38,9 @@ def batch_spec(leaf: Any, mesh: Mesh, path: str = "") -> PartitionSpec:
     axes = batch_axes(mesh)
     if np.shape(leaf)[0] % axis_size(mesh, axes):
         raise ValueError(_message([[path or "batch", leaf]], mesh, 1))
-    return PartitionSpec(axes if len(axes) > 1 else axes[0])
+    rows, shape, num_pieces = axes if len(axes) > 1 else axes[0], np.shape(leaf), axis_size(mesh, SEQUENCE)
+    by_length = num_pieces > 1 and len(shape) > 1 and shape[1] % num_pieces == 0
+    return PartitionSpec(rows, SEQUENCE) if by_length else PartitionSpec(rows)
 
 
 def check_batch(batch: Any, mesh: Mesh, accumulate: int = 1) -> None:

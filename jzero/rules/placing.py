@@ -7,12 +7,12 @@ from jax.sharding import Mesh
 
 from jzero._errors import columns, explain, suggest
 from jzero._tree import num_elements, short
-from jzero._types import Leaf, Placement, Role
+from jzero._types import ALSO_AXES, ZERO_AXES, Leaf, Placement, Role
 from jzero.mesh import axis_size, describe
 from jzero.rules.overrides import Entries, Override, Rule, overrides, to_spec
 from jzero.rules.stacked import stacked_dims
 
-AXIS = "data"  # the axis that ZeRO shards over; `replica` repeats
+AXIS = "data"  # the axis that ZeRO shards over first; `replica` repeats
 PIPE = "pipe"
 
 
@@ -94,16 +94,40 @@ def _choose(
         return Choice(entries, asked.rule)
     said = f"{asked.rule}; " if asked else ""
     num_shards = axis_size(mesh, AXIS)
-    if num_shards == 1:
+    if num_shards == 1 and axis_size(mesh, ALSO_AXES) == 1:
         return Choice(entries, f"{said}axis '{AXIS}' has size 1")
     if num_elements(leaf) < min_shard_elements:
         return Choice(entries, f"{said}{num_elements(leaf)} elements, under min_shard_elements={min_shard_elements}")
+    if num_shards == 1:
+        return _also(Choice(entries, f"{said}axis '{AXIS}' has size 1"), leaf, mesh, layer_dim)
     dim = _largest(leaf.shape, entries, num_shards, layer_dim)
     if dim is None:
         left = _left(leaf.shape, entries, layer_dim)
         return Choice(entries, f"{said}{_why_none(leaf, left, num_shards)}", tuple(left))
     sharded = (*entries[:dim], (AXIS,), *entries[dim + 1 :])
-    return Choice(sharded, f"{said}dim {dim} of size {leaf.shape[dim]} over '{AXIS}' ({num_shards})")
+    return _also(
+        Choice(sharded, f"{said}dim {dim} of size {leaf.shape[dim]} over '{AXIS}' ({num_shards})"), leaf, mesh, layer_dim
+    )
+
+
+def _also(choice: Choice, leaf: Leaf, mesh: Mesh, layer_dim: int | None) -> Choice:
+    """Over the other axes that would repeat the leaf: the largest dim that is left, or else what `data` leaves of its own."""
+    for axis in ALSO_AXES:
+        num, entries = axis_size(mesh, axis), choice.entries
+        if num == 1 or any(axis in entry for entry in entries):
+            continue
+        dim = _largest(leaf.shape, entries, num, layer_dim)
+        if dim is None:
+            shares = (dim for dim, entry in enumerate(entries) if entry[:1] == (AXIS,) and set(entry) <= set(ZERO_AXES))
+            dim = next((dim for dim in shares if leaf.shape[dim] % (axis_size(mesh, entries[dim]) * num) == 0), None)
+        if dim is None:
+            choice = choice._replace(why=f"{choice.why}; '{axis}' ({num}) divides none of what is left")
+            continue
+        entries = (*entries[:dim], (*entries[dim], axis), *entries[dim + 1 :])
+        choice = choice._replace(
+            entries=entries, why=f"{choice.why}, dim {dim} of size {leaf.shape[dim]} over '{axis}' ({num})"
+        )
+    return choice
 
 
 def _over_pipe(entries: Entries, dim: int | None) -> Entries:
@@ -137,7 +161,7 @@ def _source(i: int, leaf: Leaf) -> int:
 def _placed(
     i: int, leaves: Sequence[Leaf], choices: Sequence[Choice | None], asked: dict[int, Override], shard_roles: frozenset[Role]
 ) -> Choice:
-    """The final word on leaf `i`: its own or its owner's choice, without `data` where its role is not sharded."""
+    """The final word on leaf `i`: its own or its owner's choice, without ZeRO's axes where its role is not sharded."""
     leaf = leaves[i]
     source = _source(i, leaf)
     choice = choices[source]
@@ -147,7 +171,7 @@ def _placed(
     on_request = role == "other" and i in asked and bool(shard_roles)
     if role in shard_roles or on_request:
         return choice._replace(why=f"{follows}{choice.why}")
-    without = tuple(tuple(axis for axis in entry if axis != AXIS) for entry in choice.entries)
+    without = tuple(tuple(axis for axis in entry if axis not in ZERO_AXES) for entry in choice.entries)
     said = f"{asked[source].rule}; " if source in asked and any(without) else ""
     return Choice(without, f"{said}{role} is not sharded over '{AXIS}' here")
 

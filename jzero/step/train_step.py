@@ -131,7 +131,8 @@ class TrainStep:
         """How the examples of a microbatch meet in the loss; a batch in one part is traced no further, and counts as a mean."""
         if num_parts == 1:
             return Examples("mean")
-        return examples_of(self.call, compute, micro, rng, model_state, num_parts=num_parts)
+        with _compat.mesh_hidden():
+            return examples_of(self.call, compute, micro, rng, model_state, num_parts=num_parts)
 
     def step_key(self, state: TrainState) -> jax.Array:
         """The state's key folded with the step."""

@@ -15,8 +15,15 @@ FURTHER = {
     "data 1 tensor 8": {"data": 1, "tensor": 8},
     "replica 2 data 2 tensor 2": {"replica": 2, "data": 2, "tensor": 2},
 }
+# with an axis that splits each example, for models that attend by `jzero.attention`
+SEQUENCE = {
+    "data 2 sequence 4": {"data": 2, "sequence": 4},
+    "data 2 sequence 2 tensor 2": {"data": 2, "sequence": 2, "tensor": 2},
+    "data 1 sequence 4": {"data": 1, "sequence": 4},
+    "replica 2 data 2 sequence 2": {"replica": 2, "data": 2, "sequence": 2},
+}
 
 
 def make(name):
-    sizes = {**MESHES, **FURTHER}[name]
+    sizes = {**MESHES, **FURTHER, **SEQUENCE}[name]
     return jzero.make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])

@@ -1,5 +1,6 @@
 """A scanned GPT small enough to compile in a second, of dims that 3 and 8 divide."""
 
+import functools
 import math
 
 import jax
@@ -18,6 +19,8 @@ TENSOR_RULES = (  # columns, then rows; vocabulary-parallel embedding and head
     (r"layers/qkv$", PartitionSpec(None, None, "tensor")),
     (r"embed$", PartitionSpec("tensor", None)),
 )
+# Beside a split sequence a lookup in a table of split rows ends XLA's partitioner (docs/log.md): there columns are split.
+TENSOR_AND_SEQUENCE_RULES = (*TENSOR_RULES[:3], (r"embed$", PartitionSpec(None, "tensor")))
 MIN_SHARD_ELEMENTS = 300  # embeddings and matrices shard, norms and biases do not
 
 
@@ -74,6 +77,26 @@ def token_losses(params, tokens):
     return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
 
 
+def _layer_of_pieces(kind, x, p):
+    """The layer with four heads, on a sequence that a mesh axis may split."""
+    y = _norm(x) * p["norms"][0]
+    q, k, v = jnp.split((y @ p["qkv"] + p["qkv_bias"]).reshape(*x.shape[:2], 4, -1), 3, axis=-1)
+    x = x + jzero.attention(q, k, v, kind=kind).reshape(x.shape) @ p["out"]
+    x = x + jax.nn.relu(_norm(x) * p["norms"][1] @ p["up"]) @ p["down"]
+    return jzero.split_sequence(x), None
+
+
+def loss_of_pieces(kind, params, tokens, mask):
+    """`weighted_loss` of all positions, the last without weight, so that LENGTH is split; masks leave unequal weights."""
+    x = jzero.split_sequence(params["embed"][tokens] + params["positions"][: tokens.shape[1]])
+    x, _ = jax.lax.scan(functools.partial(_layer_of_pieces, kind), x, params["layers"])
+    head = params["head"] if "head" in params else params["embed"].T / math.sqrt(WIDTH)
+    logits = SHARPNESS * (_norm(x) @ head).astype(jnp.float32)
+    targets, mask = jnp.roll(tokens, -1, axis=1), jnp.pad(mask, ((0, 0), (0, 1)))
+    picked = jnp.sum(jnp.where(jnp.arange(VOCAB) == targets[..., None], logits, 0), -1)
+    return jzero.weighted(jnp.sum(mask * (jax.nn.logsumexp(logits, -1) - picked)), jnp.sum(mask))
+
+
 def mean_loss(params, tokens, mask):
     return jnp.mean(token_losses(params, tokens))
 
@@ -82,7 +105,12 @@ def weighted_loss(params, tokens, mask):
     return jzero.weighted(jnp.sum(mask * token_losses(params, tokens)), jnp.sum(mask))
 
 
-LOSSES = {"mean": mean_loss, "weighted": weighted_loss}
+LOSSES = {
+    "mean": mean_loss,
+    "weighted": weighted_loss,
+    "ulysses": functools.partial(loss_of_pieces, "ulysses"),
+    "ring": functools.partial(loss_of_pieces, "ring"),
+}
 
 
 def batch(seed=0):

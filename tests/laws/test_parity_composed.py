@@ -112,7 +112,8 @@ def reordered(step):
 
 
 def sharded(step, stage, mesh):
-    rules = small_gpt.TENSOR_RULES if "tensor" in mesh else ()
+    of_tensor = small_gpt.TENSOR_AND_SEQUENCE_RULES if "sequence" in mesh else small_gpt.TENSOR_RULES
+    rules = of_tensor if "tensor" in mesh else ()
     on_mesh = jzero.shard(
         train_step(step), stage=stage, mesh=meshes.make(mesh), min_shard_elements=small_gpt.MIN_SHARD_ELEMENTS, rules=rules
     )
@@ -197,6 +198,26 @@ def on_further_axes():
 @pytest.mark.parametrize("entry", on_further_axes())
 def test_parity_on_further_axes(entry):
     check({**AROUND_ONE, **entry})
+
+
+KINDS = ("ulysses", "ring")
+QUICK_SEQUENCE = (
+    {"mesh": "data 2 sequence 4", "loss": "ring", "stage": 3, "precision": "fp32", "accumulate": 1, "clip": 1.0},
+    {"mesh": "data 2 sequence 2 tensor 2", "loss": "ulysses", "stage": 2, "precision": "fp32", "accumulate": 1, "clip": 1.0},
+)
+
+
+def on_a_split_sequence():
+    """Both kinds of attention; two entries in `make test`."""
+    entries = pairwise({**CORE, "mesh": tuple(meshes.SEQUENCE), "loss": KINDS})
+    entries = [entry for entry in entries if entry not in QUICK_SEQUENCE]
+    slow = [pytest.param(entry, marks=pytest.mark.slow, id=label(entry)) for entry in entries]
+    return [*(pytest.param(entry, id=label(entry)) for entry in QUICK_SEQUENCE), *slow]
+
+
+@pytest.mark.parametrize("entry", on_a_split_sequence())
+def test_parity_on_a_split_sequence(entry):
+    check({**AROUND_ONE, "optimizer": "sgd", **entry})
 
 
 def in_full():

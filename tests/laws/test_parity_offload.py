@@ -156,11 +156,13 @@ def test_offload_changes_no_number_in_full(entry):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["pipe", "tensor"])
+@pytest.mark.parametrize("axis", ["pipe", "tensor", "sequence"])
 def test_offload_changes_no_number_on_a_further_axis(axis):
     params = functools.partial(small_pipeline.make_params, num_layers=4, tied=True)
     piped = Model(small_pipeline.model("mean"), params, small_gpt.batch())
-    model, rules = (piped, ()) if axis == "pipe" else (GPT, small_gpt.TENSOR_RULES)
+    split = GPT._replace(loss=functools.partial(small_gpt.loss_of_pieces, "ring"))
+    model = {"pipe": piped, "tensor": GPT, "sequence": split}[axis]
+    rules = small_gpt.TENSOR_RULES if axis == "tensor" else ()
     fn = jzero.make_train_step(model.loss, optax.adamw(1e-3), accumulate=2, clip_norm=1.0)
     mesh = jzero.make_mesh(data=4, **{axis: 2})
     options = {"stage": 3, "mesh": mesh, "rules": rules, "min_shard_elements": small_gpt.MIN_SHARD_ELEMENTS}

@@ -1,0 +1,48 @@
+"""Our models in the three parts of a `jzero.Pipeline`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jzero.models.build import Model
+from jzero.models.loss import next_token_loss
+from jzero.pipeline.model import Pipeline
+
+LOOKED_UP = ("wte", "wpe")  # what the embedding reads; the head reads the rest, and without an `lm_head` the table too
+
+
+def pipeline(model: Model) -> tuple[Pipeline, Callable[[Any], Any]]:
+    """The model's loss as a pipeline, and a function from the model's parameters (stacked layers) to the pipeline's.
+
+    Example:
+        >>> import jax, jzero
+        >>> from jzero import models
+        >>> parts, arrange = pipeline(models.build("gpt2-tiny", num_layers=2))
+        >>> sorted(arrange(models.build("gpt2-tiny", num_layers=2).init(jax.random.key(0))))
+        ['embed', 'head', 'layers', 'tied']
+    """
+    shapes = {name: part for name, part in jax.eval_shape(model.init, jax.random.key(0)).items() if name != "layers"}
+    tied = () if "lm_head" in shapes else ("wte",)
+
+    def arrange(params: Any) -> dict[str, Any]:
+        embed = {name: params[name] for name in shapes if name in LOOKED_UP and name not in tied}
+        head = {name: params[name] for name in shapes if name not in LOOKED_UP}
+        both = {"tied": {name: params[name] for name in tied}} if tied else {}
+        return {"embed": embed, "layers": params["layers"], "head": head, **both}
+
+    def full(params: Any) -> Any:
+        """With zeros for what the other end reads: the model merges all parameters outside its layers at once."""
+        zeros = lambda part: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), part)
+        return {**{name: zeros(part) for name, part in shapes.items() if name not in params}, **params}
+
+    def head(params: Any, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        return next_token_loss(model.head(full(params), x), tokens[:, 1:], vocab_size=model.config.vocab_size)
+
+    parts = Pipeline(
+        embed=lambda params, tokens: model.embed(full(params), tokens[:, :-1]),
+        layers=lambda params, x: model.layer(x, params),
+        head=head,
+    )
+    return parts, arrange
