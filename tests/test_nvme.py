@@ -108,6 +108,7 @@ def test_a_leaf_on_disk_is_an_array_like(step):
         jax.jit(lambda x: x + 1)(leaf)
 
 
+@pytest.mark.slow
 def test_the_old_state_is_donated(step):
     state = make_state(step)
     after, _ = step(state, batch())
@@ -119,6 +120,7 @@ def test_the_old_state_is_donated(step):
         step(after._replace(opt_state=(after.opt_state[0]._replace(nu=state.opt_state[0].nu), *after.opt_state[1:])), batch())
 
 
+@pytest.mark.slow
 def test_two_states_of_one_step_do_not_disturb_each_other(step):
     first, second = make_state(step), make_state(step)
     first, _ = train(step, first, 3)
@@ -186,6 +188,7 @@ def test_the_report_says_where_and_how_much(step):
     assert "updated in 4 buckets" in str(step.report(state, batch()))
 
 
+@pytest.mark.slow
 def test_a_state_that_rests_elsewhere(tmp_path, step):
     plain = make_step(None)
     state, on_device = make_state(step), make_state(plain)
@@ -205,6 +208,7 @@ def test_a_state_that_rests_elsewhere(tmp_path, step):
         other(state, batch())
 
 
+@pytest.mark.slow
 def test_with_what_else_there_is(tmp_path):
     """8-bit moments in files, `verify`, `evaluate`, `offload_states` and back."""
     tx = jzero.optim.moments_8bit(optax.adamw(1e-2), min_elements=64)
@@ -235,7 +239,9 @@ def shard_file(leaf, number=0):
     return leaf.swap.files[leaf.index][number]
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", pytest.param("truncated", marks=pytest.mark.slow), pytest.param("missing", marks=pytest.mark.slow)]
+)
 def test_a_damaged_file_fails_the_step_and_is_named(step, damage):
     state, _ = train(step, make_state(step), 2)
     leaf = state.opt_state[0].nu["w2"]
@@ -288,6 +294,7 @@ def test_a_swap_opens_again_only_as_it_was_left(tmp_path, step):
         swap.opened(made.folder, made.leaves[:-1])
 
 
+@pytest.mark.slow
 def test_generations_are_never_mixed(step):
     """One file of the generation before, under the name of this one."""
     state, _ = train(step, make_state(step), 3)
@@ -375,6 +382,7 @@ def test_a_slow_disk_is_said_with_the_time_it_takes(tmp_path, monkeypatch):
         make_state(make_step(tmp_path / "swap"))
 
 
+@pytest.mark.slow
 def test_a_file_system_without_direct_io(tmp_path, monkeypatch):
     opened = os.open
 
@@ -416,6 +424,7 @@ def other_run(tmp_path):
     process.communicate()
 
 
+@pytest.mark.slow
 def test_the_swap_folder_of_another_run(tmp_path, other_run, step):
     with pytest.raises(BlockingIOError, match=rf"(?s)swap folder of another run.*in use by process {other_run.pid}"):
         make_state(step)

@@ -108,6 +108,7 @@ def test_rules_of_a_parameter_are_those_of_its_codes():
     assert state.opt_state.inner[0].mu["w"].spec == PartitionSpec("data")
 
 
+@pytest.mark.slow
 def test_nothing_travels_for_the_blocks():
     """Stage 1 and 3: the same collectives as with float32 moments."""
     wires = []
@@ -142,6 +143,7 @@ def test_a_name_that_no_moment_has():
         tx.init({"w": jnp.zeros((8, 8))})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [jzero.optim.moments_8bit, jzero.optim.moments_bf16])
 def test_training_is_as_good(make):
     """Forty steps of a small network: the loss of float32 moments within 3%. `benchmarks/moments.py` holds 300 to 1%."""
