@@ -11,6 +11,7 @@ from jzero.checkpoint import CheckpointManager as CheckpointManager
 from jzero.checkpoint import export as export
 from jzero.checkpoint import restore as restore
 from jzero.checkpoint import save as save
+from jzero.comm import over_batch_mean as over_batch_mean
 from jzero.doctor import doctor as doctor
 from jzero.mesh import make_mesh as make_mesh
 from jzero.offload import Offload as Offload

@@ -8,15 +8,16 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 from jax._src import core, pjit, source_info_util
 from jax._src import mesh as mesh_lib
-from jax._src.interpreters import partial_eval
+from jax._src.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jzero._types import ALSO_AXES
+from jzero._types import SHOWN_AXES
 
 Literal = core.Literal
 
@@ -35,6 +36,12 @@ class ScanParts(NamedTuple):
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """A jaxpr whose `invars` are the arguments, and the constants bound to its `constvars`."""
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """Every program inside an equation, whatever the equation is."""
+    found = [item for value in eqn.params.values() for item in (value if isinstance(value, tuple | list) else (value,))]
+    return [item for item in found if hasattr(item, "eqns") or hasattr(item, "jaxpr")]
 
 
 def scan_parts(eqn: Any) -> ScanParts:
@@ -84,6 +91,48 @@ def rebind_remat(eqn: Any, fn: Callable[..., list[Any]], args: Sequence[Any]) ->
     return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
 
+def primitive(name: str, fn: Callable[..., Sequence[Any]]) -> Callable[..., list[Any]]:
+    """An operation that programs show as one equation called `name`, and whose meaning is `fn(*arrays, **params)`.
+
+    Passes that read programs can then know it by name. Derivatives, batching and lowering are those of `fn`.
+    """
+    made = core.Primitive(name)
+    made.multiple_results = True
+
+    def shapes(*avals: Any, **params: Any) -> list[Any]:
+        structs = (jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
+        place = lambda out: core.get_cur_mesh_sharding(PartitionSpec(*(None,) * out.ndim))
+        return [
+            core.ShapedArray(out.shape, out.dtype, sharding=place(out))
+            for out in jax.eval_shape(partial(fn, **params), *structs)
+        ]
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[list[Any], list[Any]]:
+        moving = [index for index, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
+
+        def of_moving(*values: Any) -> Sequence[Any]:
+            full = dict(enumerate(primals)) | dict(zip(moving, values, strict=True))
+            return fn(*full.values(), **params)
+
+        out, moved = jax.jvp(of_moving, [primals[index] for index in moving], [tangents[index] for index in moving])
+        still = lambda value, tangent: (
+            ad.Zero(core.typeof(value).to_tangent_aval()) if tangent.dtype == jax.dtypes.float0 else tangent
+        )
+        return list(out), [still(*pair) for pair in zip(out, moved, strict=True)]
+
+    def batched(args: Sequence[Any], dims: Sequence[Any], **params: Any) -> tuple[list[Any], list[int]]:
+        out = jax.vmap(partial(fn, **params), in_axes=tuple(dims))(*args)
+        return list(out), [0] * len(out)
+
+    made.def_abstract_eval(shapes)
+    jitted = cache(lambda params: jax.jit(partial(fn, **dict(params))))
+    made.def_impl(lambda *args, **params: jitted(tuple(params.items()))(*args))
+    ad.primitive_jvps[made] = jvp
+    batching.primitive_batchers[made] = batched
+    mlir.register_lowering(made, mlir.lower_fun(fn, multiple_results=True))
+    return made.bind
+
+
 def ordered_effects(jaxpr: Any) -> list[str]:
     """The ordered effects of a program, which JAX cannot run on several devices."""
     from jax._src import effects
@@ -112,9 +161,9 @@ _before: ContextVar[Any] = ContextVar("_before", default=None)
 def mesh_shown(mesh: Any) -> Iterator[None]:
     """While a program is traced under Auto axes: its code may ask for the mesh, as it may inside `shard_map`.
 
-    Only for meshes with an axis that code has to know of (`ALSO_AXES`): types of arrays then name the mesh.
+    Only for meshes with an axis that code has to know of (`SHOWN_AXES`): types of arrays then name the mesh.
     """
-    if not any(mesh.shape.get(axis, 1) > 1 for axis in ALSO_AXES):
+    if not any(mesh.shape.get(axis, 1) > 1 for axis in SHOWN_AXES):
         yield
         return
     token = _before.set(mesh_lib.get_abstract_mesh())

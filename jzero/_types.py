@@ -9,9 +9,12 @@ Role = Literal["params", "opt_state", "batch", "other"]
 ROLES: tuple[Role, ...] = ("params", "opt_state", "batch", "other")
 
 MESH_AXES = ("replica", "data", "pipe", "sequence", "tensor", "expert")  # outermost first
-BATCH_AXES = ("replica", "data")  # the axes that examples are split over
+BATCH_AXES = ("replica", "data", "expert")  # the axes that examples are split over
+# ZeRO shards over these together; a leaf with `expert` on a dim of its own (experts) over `data` alone.
+ZERO_BATCH_AXES = ("data", "expert")
 ALSO_AXES = ("sequence",)  # that split each example: ZeRO shards over them too, or they would repeat the state
-ZERO_AXES = ("data", *ALSO_AXES)
+ZERO_AXES = (*ZERO_BATCH_AXES, *ALSO_AXES)
+SHOWN_AXES = (*ALSO_AXES, "expert")  # that code inside a step has to know of
 
 
 class Leaf(NamedTuple):

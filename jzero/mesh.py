@@ -37,7 +37,7 @@ def make_mesh(
       pipe: pipeline stages.
       sequence: pieces of the sequence.
       tensor: pieces of each weight.
-      expert: groups of experts.
+      expert: groups of experts, and one more axis for examples; ZeRO shards what is not an expert over `data` and it.
       devices: the devices to use, real ones or compile-only ones. Default: all of `jax.devices()`.
 
     Returns:
@@ -184,7 +184,7 @@ def parse(text: str, *, who: str) -> dict[str, int]:
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes that examples are split over: those of `replica` and `data` that the mesh has."""
+    """The axes that examples are split over: those of `replica`, `data` and `expert` that the mesh has."""
     return tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
 
 

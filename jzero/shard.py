@@ -249,7 +249,8 @@ def shard(
     Args:
       fn: `fn(state, *batch) -> (state, aux)`, or a `TrainStep` of `jzero.make_train_step`. Left out, `shard` is a decorator.
       stage: 0 replicate; 1 shard optimizer state; 2 also gradients; 3 also parameters.
-      mesh: any mesh with Auto axes and an axis `data`; None puts all devices on `data`. An axis `replica` repeats the shards.
+      mesh: any mesh with Auto axes and an axis `data`; None puts all devices on `data`. An axis `replica` repeats the shards;
+        `expert` is a second one to shard over, but for leaves that a rule gives it a dim of.
       params: state -> the subtree that is the parameters, where it cannot be found.
       rules: ordered `(regex, PartitionSpec)` or `callable(path, leaf) -> PartitionSpec | None`; the first match wins.
       remat: "none", "full", "dots" or a jax policy, for each layer of jzero's models, or else for the loss as a whole;

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jzero import _compat
-from jzero._types import ALSO_AXES
+from jzero._types import ALSO_AXES, BATCH_AXES
 from jzero.audit import moved
 from jzero.gather.facts import Use, kept_use
 from jzero.stages import Stage
@@ -51,9 +51,10 @@ class Param(NamedTuple):
     """One parameter leaf as the formula sees it; of a leaf that other axes split too, the piece that one device holds."""
 
     num_elements: int
-    is_split: bool
+    split: tuple[str, ...]  # the axes that ZeRO gathers and reduces it over; empty if it is whole
     trains: bool
-    num_whole: int = 0  # where ZeRO shards it over more axes than `data`: what these make of the piece
+    rest: tuple[str, ...] = ("replica", "data")  # the other batch axes whose devices hold all of it
+    num_whole: int = 0  # where ZeRO shards it over more axes than those: what these make of the piece
     also: tuple[str, ...] = ()  # those axes
 
 
@@ -68,35 +69,34 @@ def composed(
     Args:
       params: leaves in order. Whole ones (tiny, indivisible, stage 0) are all-reduced once a step.
       uses: of the split leaves in the loss of one microbatch.
-      axes: sizes of `replica`, `data` and those that split each example.
+      axes: sizes of the axes that examples are split over and of those that split each example, in the mesh's order.
       num_scalars: float32 values in the closing all-reduce.
     """
     table: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
-    both = "+".join(name for name in ("replica", "data") if name in axes)
-    everyone = axes["data"] * axes.get("replica", 1)
+    size_of = lambda names: math.prod(axes.get(name, 1) for name in names)
 
-    def add(axis: str, kind: str, elements: int, dtype: Any, members: int) -> None:
+    def add(names: Iterable[str], kind: str, elements: int, dtype: Any) -> None:
+        members = size_of(names)
         if members > 1 and elements:
+            axis = "+".join(name for name in axes if name in names and axes[name] > 1)
             table[axis][kind] += moved(kind, elements * jnp.dtype(dtype).itemsize, members)
 
     gathered, reduced = _by_leaf(stage, params, list(uses), wire.num_micro)
+    once = wire.reduce_once if stage.reduce == "step" else wire.reduce
     for index, param in enumerate(params):
         for axis in ALSO_AXES if param.trains or param.also else ():
             ratio = param.num_whole // param.num_elements if axis in param.also else 1
             times = wire.num_micro if stage.reduce == "step" or axis not in param.also else 1
             kind = "reduce-scatter" if axis in param.also else "all-reduce"
             summed = (reduced[index] or param.num_elements) if axis in param.also else param.num_elements
-            add(axis, "all-gather", gathered[index] * ratio if axis in param.also else 0, wire.compute, axes.get(axis, 1))
-            add(axis, kind, summed * ratio * times * param.trains, wire.compute, axes.get(axis, 1))
-        if not param.is_split:
-            add(both, "all-reduce", param.num_elements * param.trains, wire.reduce_once, everyone)
-            continue
-        once = wire.reduce_once if stage.reduce == "step" else wire.reduce
-        add("data", "all-gather", gathered[index], wire.compute, axes["data"])
-        add("data", "reduce-scatter", reduced[index] * param.trains, once, axes["data"])
-        shard = param.num_elements // axes["data"] * param.trains
-        add("replica", "all-reduce", shard, wire.reduce_once, axes.get("replica", 1))
-    add(both, "all-reduce", num_scalars, jnp.float32, everyone)
+            add((axis,), "all-gather", gathered[index] * ratio if axis in param.also else 0, wire.compute)
+            add((axis,), kind, summed * ratio * times * param.trains, wire.compute)
+        if param.split:
+            add(param.split, "all-gather", gathered[index], wire.compute)
+            add(param.split, "reduce-scatter", reduced[index] * param.trains, once)
+        held = param.num_elements // size_of(param.split) * param.trains
+        add(param.rest, "all-reduce", held, wire.reduce_once)
+    add(BATCH_AXES, "all-reduce", num_scalars, jnp.float32)
     return {axis: dict(kinds) for axis, kinds in table.items()}
 
 
@@ -129,36 +129,39 @@ class OpaqueParam(NamedTuple):
     num_elements: int
     num_whole: int
     dtype: Any
-    is_split: bool  # over `data`: itself, or at stages 1 and 2 its optimizer state
+    is_split: bool  # itself, or at stages 1 and 2 its optimizer state
+    over: tuple[str, ...] = ("data",)  # the batch axes that it is or would be split over
 
 
-def opaque(stage: Stage, params: Sequence[OpaqueParam], uses: Iterable[Use], axes: dict[str, int]) -> Table:
+def opaque(stage: Stage, params: dict[int, OpaqueParam], uses: Iterable[Use], axes: dict[str, int]) -> Table:
     """Expected wire bytes of a step that jzero did not write: each gradient reduced once, in the parameter's dtype.
 
     Args:
+      params: parameters by their leaf's index in the state.
       uses: in the whole step, where forward and backward uses stand apart; those of one loop body share a gather.
-      axes: sizes of `data` and of the axes that split each example, over all of which a gradient is reduced at once.
+      axes: sizes of the axes that ZeRO shards over, over all of which a gradient is reduced at once.
     """
     table: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
-    num_data, num_also = axes["data"], math.prod(axes.values()) // axes["data"]
-    names = {"data": num_data, "+".join(axis for axis in axes if axis != "data"): num_also, "+".join(axes): num_data * num_also}
+    also = tuple(name for name in axes if name in ALSO_AXES)
 
-    def add(axis: str, kind: str, num_bytes: int) -> None:
-        if names[axis] > 1:
-            table[axis][kind] += moved(kind, num_bytes, names[axis])
+    def add(names: Sequence[str], kind: str, num_bytes: int) -> None:
+        over = [name for name in axes if name in names and axes[name] > 1]
+        if over:
+            table["+".join(over)][kind] += moved(kind, num_bytes, math.prod(axes[name] for name in over))
 
-    def gather(piece: int, whole: int, itemsize: int) -> None:
-        add("data", "all-gather", piece * itemsize)
+    def gather(param: OpaqueParam, piece: int, whole: int, itemsize: int) -> None:
+        add(param.over, "all-gather", piece * itemsize)
         if whole > piece:
-            add(list(names)[1], "all-gather", whole * itemsize)
+            add(also, "all-gather", whole * itemsize)
 
-    for param in params:
+    for param in params.values():
         itemsize = jnp.dtype(param.dtype).itemsize
-        add("+".join(axes), "reduce-scatter" if param.is_split else "all-reduce", param.num_whole * itemsize)
+        add((*param.over, *also), "reduce-scatter" if param.is_split else "all-reduce", param.num_whole * itemsize)
         if param.is_split and stage.gather == "step":
-            gather(param.num_elements, param.num_whole, itemsize)
+            gather(param, param.num_elements, param.num_whole, itemsize)
     for use in _apart(uses) if stage.gather == "use" else ():
-        gather(use.num_elements * use.trips, use.num_whole * use.trips, use.eqn.invars[use.operand].aval.dtype.itemsize)
+        itemsize = use.eqn.invars[use.operand].aval.dtype.itemsize
+        gather(params[use.leaf], use.num_elements * use.trips, use.num_whole * use.trips, itemsize)
     return {axis: dict(kinds) for axis, kinds in table.items()}
 
 

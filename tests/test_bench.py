@@ -44,7 +44,7 @@ def found():
         ("--mesh data:4", "'data:4'"),
         ("--mesh data=0", "sizes positive"),
         ("--mesh replicas=2", "Did you mean 'replica'"),
-        ("--mesh expert=2", "do not use expert"),
+        ("--mesh expert=2", "gpt2-tiny has no experts"),
         ("--precision bf17", "Did you mean 'bf16'"),
         ("--remat dot", "Did you mean 'dots'"),
         ("--steps 0", "--steps 0"),

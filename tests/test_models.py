@@ -1,4 +1,4 @@
-"""GPT-2 and Llama: published sizes, scan against unrolled, causality, dtypes, the padded vocabulary."""
+"""GPT-2, Llama and Mixtral: published sizes, scan against unrolled, causality, dtypes, the padded vocabulary."""
 
 import functools
 from unittest import mock
@@ -22,6 +22,7 @@ PUBLISHED = {
     "llama-8b": 8_030_261_248,
     "llama-70b": 70_553_706_496,
     "llama-405b": 405_853_388_800,
+    "mixtral-8x7b": 46_702_792_704,
 }
 TINY = ("gpt2-tiny", "llama-tiny")
 SMALL = {"num_layers": 2, "max_seq": 32}
@@ -46,7 +47,7 @@ def test_first_loss_is_near_the_logarithm_of_the_vocabulary(name):
     assert abs(float(model.loss(params, tokens)) - np.log(256)) < 0.15
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*TINY, pytest.param("mixtral-tiny", marks=pytest.mark.slow)])
 def test_scanned_equals_unrolled(name):
     scanned, params, tokens = small(name)
     unrolled = models.build(name, scan_layers=False, **SMALL)
@@ -123,6 +124,14 @@ def test_flops_per_token_is_the_stated_formula():
     seq, config = 1024, models.PRESETS["gpt2-124m"]
     multiplied = PUBLISHED["gpt2-124m"] - config.max_seq * config.dim
     assert models.build(config).flops_per_token(seq) == 6 * multiplied + 12 * 12 * 768 * seq
+
+
+def test_experts_count_as_many_times_as_a_token_uses_them():
+    """12.9e9 parameters are active in Mixtral 8x7B (Jiang et al.), of which the embedding multiplies nothing."""
+    model = models.build("mixtral-8x7b")
+    attention = 12 * 32 * 4096 * 1024
+    active = (model.flops_per_token(1024) - attention) / 6 + 32000 * 4096
+    assert active == pytest.approx(12.9e9, rel=0.005)
 
 
 def test_bad_input_is_explained():

@@ -28,6 +28,10 @@ def contrastive(p, y, x):
     return jnp.mean(jax.nn.logsumexp(y @ y.T, -1))
 
 
+def with_statistic(p, y, x):
+    return head(p, y, x) + jzero.over_batch_mean(jnp.mean(y)) ** 2
+
+
 def params(num_layers=4, **changes):
     part = lambda *shape: jnp.ones(shape)
     layers = {"w": part(num_layers, WIDTH, WIDTH)}
@@ -136,6 +140,12 @@ BAD = {
         "loss: examples meet",
         "data=1",
     ),
+    "mean over the batch": (
+        lambda: traced(jzero.Pipeline(embed, layer, with_statistic), pipe=2),
+        "no means over the whole batch",
+        "jzero.over_batch_mean in embed, layers or head",
+        "data=1",
+    ),
     "global": (lambda: traced(pipe=2, reduction="global"), "global meaning", "reduction='global'", "reduction='local'"),
     "functions and layers": (
         lambda: traced(make([layer] * 3), params(layers=LISTED)),
@@ -161,7 +171,7 @@ def make(layers):
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name):
     call, *parts = BAD[name]
-    with pytest.raises((ValueError, TypeError), match=r"^jzero") as caught:
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=r"^jzero") as caught:
         call()
     missing = [part for part in parts if part not in str(caught.value)]
     assert not missing, f"{missing} not in: {caught.value}"

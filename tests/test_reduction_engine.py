@@ -137,13 +137,25 @@ def load_balancing(p, b):
     return plain_mean(p, b) + jnp.sum(share**2)  # LINE
 
 
+def load_balancing_over_the_batch(p, b):
+    share = jzero.over_batch_mean(jax.nn.softmax(logits(p, b)).mean(axis=(0, 1)))
+    return plain_mean(p, b) + jnp.sum(share**2)
+
+
+def weighted_with_statistics(p, b):
+    """What is the same in every shard counts as often as the shard weighs."""
+    share = jzero.over_batch_mean(jax.nn.softmax(logits(p, b)).mean(axis=(0, 1)))
+    weight = jnp.sum(b["mask"])
+    return jzero.weighted(jnp.sum(ce(logits(p, b), b["labels"]) * b["mask"]) + weight * jnp.sum(share**2), weight)
+
+
 def with_penalty(p, b):
     return plain_mean(p, b) + 1e-2 * optax.tree.norm(p, squared=True)
 
 
 MANUAL = (
     plain_mean, weighted, weighted_by_the_parameters, weighted_means, label_smoothed, z_loss, largest_of_each_example, vmapped,
-    mapped, scanned, rematerialised, summed_up, with_penalty,
+    mapped, scanned, rematerialised, summed_up, with_penalty, load_balancing_over_the_batch, weighted_with_statistics,
 )  # fmt: skip
 GLOBAL = (masked_mean, weighted_unalike, contrastive, batch_statistics, largest_of_all, root_of_a_mean, load_balancing)
 
@@ -190,7 +202,9 @@ def line_of(loss: Callable[..., Any]) -> str:
     return f"test_reduction_engine.py:{(marked or [start])[0]}"
 
 
-ACCUMULATED = [loss for loss in MANUAL if loss not in (summed_up, mapped, label_smoothed, with_penalty)]  # they have neighbours
+ACCUMULATED = [
+    loss for loss in MANUAL if loss not in (summed_up, mapped, label_smoothed, with_penalty, load_balancing_over_the_batch)
+]  # they have neighbours
 
 
 @pytest.mark.parametrize(

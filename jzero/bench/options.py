@@ -10,10 +10,9 @@ from jzero import remat as remats
 from jzero import stages
 from jzero._errors import explain, suggest
 from jzero._types import MESH_AXES
-from jzero.models import preset
+from jzero.models import MixtralConfig, preset
 
 WHO = "jzero.bench"
-AXES = tuple(axis for axis in MESH_AXES if axis != "expert")  # the bench's models are dense
 _EPILOG = "With no accelerator 8 CPU devices are simulated. Absolute times are comparable within one run only."
 
 
@@ -56,7 +55,9 @@ def parse(argv: Sequence[str] | None = None) -> Options:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jzero.bench", description=__doc__, epilog=_EPILOG)
     add = parser.add_argument
-    add("--model", default="gpt2-tiny", help="gpt2-tiny, gpt2-124m/355m/774m/1.5b, llama-tiny/1b/8b/70b/405b")
+    add(
+        "--model", default="gpt2-tiny", help="gpt2-tiny, gpt2-124m/355m/774m/1.5b, llama-tiny/1b/8b/70b/405b, mixtral-tiny/8x7b"
+    )
     add("--stage", default="0,1,2,3", help="ZeRO stages to run, comma-separated")
     add("--no-plain", action="store_true", help="leave out plain JAX (hand-written jit, everything replicated)")
     add("--mesh", default="", help="sizes of mesh axes, such as pipe=2,data=2,tensor=2; default: all devices on data")
@@ -89,11 +90,10 @@ def parse_stages(text: str) -> tuple[int, ...]:
 def parse_mesh(text: str) -> dict[str, int]:
     """`"data=4,replica=2"` -> {"data": 4, "replica": 2}, of the axes that the bench's models are split over."""
     mesh = meshes.parse(text, who=WHO)
-    unknown = [axis for axis in mesh if axis not in AXES]
+    unknown = [axis for axis in mesh if axis not in MESH_AXES]
     if unknown:
-        context = suggest(unknown[0], AXES)
-        other = ", ".join(axis for axis in MESH_AXES if axis not in AXES)
-        fix = f"Use {', '.join(AXES)}; the bench's models do not use {other}."
+        context = suggest(unknown[0], MESH_AXES)
+        fix = f"Use {', '.join(MESH_AXES)}."
         raise ValueError(
             explain(WHO, "unknown mesh axis", found=[f"--mesh {text}: {a!r}" for a in unknown], context=context, fix=fix)
         )
@@ -102,7 +102,10 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 def _check(options: Options) -> None:
     """Everything that can be known without a device."""
-    preset(options.model)
+    config = preset(options.model)
+    if options.mesh.get("expert", 1) > 1 and not isinstance(config, MixtralConfig):
+        found, fix = [f"--mesh expert={options.mesh['expert']}"], "Use --model mixtral-tiny, or give its devices to data."
+        raise ValueError(explain(WHO, f"{options.model} has no experts", found=found, fix=fix))
     if options.precision is not None:
         precisions.get(options.precision)
     remats.get(options.remat)

@@ -13,7 +13,7 @@ from jzero import mesh as meshes
 from jzero._errors import explain
 from jzero.attention import Kind
 from jzero.bench.options import WHO, Options
-from jzero.models import gpt2, llama
+from jzero.models import gpt2, llama, mixtral
 
 _VOCAB_MULTIPLE = 128
 _NUM_WARMUP_STEPS = 5
@@ -44,8 +44,11 @@ class Setup(NamedTuple):
 
     @property
     def tensor_rules(self) -> tuple[Any, ...]:
-        """The model's own split over `tensor`, where the mesh has that axis."""
+        """The model's own split over `tensor`, and of experts over `expert`, where the mesh has that axis."""
         of_gpt2 = gpt2.pipeline_tensor_rules if meshes.axis_size(self.mesh, "pipe") > 1 else gpt2.tensor_rules
+        if isinstance(self.model.config, models.MixtralConfig):
+            by_model = mixtral.tensor_rules if meshes.axis_size(self.mesh, "tensor") > 1 else mixtral.expert_rules
+            return by_model if meshes.axis_size(self.mesh, ("tensor", "expert")) > 1 else ()
         by_model = of_gpt2 if isinstance(self.model.config, models.GPT2Config) else llama.tensor_rules
         return by_model if meshes.axis_size(self.mesh, "tensor") > 1 else ()
 

@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jzero._specs import entry_of, names, without_zero, zero_axes
 
 Split = tuple[Any, ...]
 
@@ -31,7 +33,7 @@ class Comm(Protocol):
 
 @dataclass(frozen=True)
 class Manual:
-    """Inside `shard_map` over `axis`: every value is one device's piece, every collective is written out.
+    """Inside `shard_map` over ZeRO's axes: every value is one device's piece, every collective is written out.
 
     A split may also name axes that are Auto there (`tensor`): each of their devices then sends its own piece. Left to the
     partitioner, a value split over `tensor` is first gathered whole for a collective over `data`, and split again after it.
@@ -43,7 +45,6 @@ class Manual:
     beside the manual ones (jax 0.11.2).
     """
 
-    axis: str = "data"
     widens: bool = False
     also: tuple[str, ...] = ()
 
@@ -52,15 +53,15 @@ class Manual:
         return True
 
     def gather(self, shard: jax.Array, split: Split) -> jax.Array:
-        dim = self._dim(split)
+        dim, axes = _zero(split)
         if dim is None:
             return self._with_others(shard, split)
-        behind = without(split[dim : dim + 1], self.axis)
-        gather = partial(jax.lax.all_gather, axis_name=self.axis, axis=dim, tiled=behind == (None,))
+        behind = without(split[dim : dim + 1])
+        gather = partial(jax.lax.all_gather, axis_name=axes, axis=dim, tiled=behind == (None,))
         inside = (*split[:dim], *behind, *split[dim + 1 :])
         if behind == (None,):
             return self._with_others(self._piece_by_piece(gather, shard, inside, inside), inside)
-        stacked = (*split[:dim], None, *behind, *split[dim + 1 :])  # a new dim for `axis`, outside what lies behind it
+        stacked = (*split[:dim], None, *behind, *split[dim + 1 :])  # a new dim for those axes, outside what lies behind them
         pieces = self._with_others(self._piece_by_piece(gather, shard, inside, stacked), stacked)
         return pieces.reshape(*shard.shape[:dim], -1, *shard.shape[dim + 1 :])
 
@@ -68,15 +69,15 @@ class Manual:
         """Over `also` said in two steps, whole and then split, which compilers make a reduce-scatter of. Said in one, the
         partitioner makes the product that ends in `whole` from gathered activations, and sums nothing.
         """
-        dim, whole = self._dim(split), self._with_others(whole.astype(self.sum_dtype(dtype)), split)
+        (dim, axes), whole = _zero(split), self._with_others(whole.astype(self.sum_dtype(dtype)), split)
         if dim is None:
             return self._place(whole, split).astype(dtype)
-        behind = without(split[dim : dim + 1], self.axis)
-        scatter = partial(jax.lax.psum_scatter, axis_name=self.axis, scatter_dimension=dim, tiled=behind == (None,))
+        behind = without(split[dim : dim + 1])
+        scatter = partial(jax.lax.psum_scatter, axis_name=axes, scatter_dimension=dim, tiled=behind == (None,))
         inside = (*split[:dim], *behind, *split[dim + 1 :])
         if behind == (None,):
             return self._piece_by_piece(scatter, whole, inside, inside).astype(dtype)
-        num = jax.lax.axis_size(self.axis)
+        num = math.prod(map(jax.lax.axis_size, axes))
         stacked = (*split[:dim], None, *behind, *split[dim + 1 :])
         pieces = whole.reshape(*whole.shape[:dim], num, -1, *whole.shape[dim + 1 :])
         return self._piece_by_piece(scatter, pieces, stacked, inside).astype(dtype)
@@ -86,9 +87,7 @@ class Manual:
         mesh = jax.sharding.get_abstract_mesh()
         if all(mesh.shape.get(name, 1) == 1 for name in self.also):
             return value
-        for name in (self.axis, *self.also):
-            split = without(split, name)
-        return self._place(value, split)
+        return self._place(value, without(split, self.also))
 
     def _place(self, value: jax.Array, split: Split) -> jax.Array:
         """A constraint; of an axis that does not divide its dim, nothing."""
@@ -109,15 +108,16 @@ class Manual:
         mesh = jax.sharding.get_abstract_mesh()
         odd = {entry for entry, size in zip(before, value.shape, strict=True) if size % _num_parts(entry, mesh)}
         ins, outs = ([None if entry in odd else entry for entry in split] for split in (before, after))
-        axes = frozenset(name for entry in ins for name in _names(entry))
+        axes = frozenset(name for entry in ins for name in names(entry))
         if not axes:
             return collective(value)
         specs = PartitionSpec(*ins), PartitionSpec(*outs)
         return jax.shard_map(collective, in_specs=specs[0], out_specs=specs[1], axis_names=axes, check_vma=False)(value)
 
-    def _dim(self, split: Split) -> int | None:
-        """The dim that `axis` splits; none if only other axes split the value."""
-        return next((dim for dim, entry in enumerate(split) if self.axis in _names(entry)), None)
+
+def _zero(split: Split) -> tuple[int | None, tuple[str, ...]]:
+    """The dim that ZeRO's batch axes split, and which; none if only other axes split the value."""
+    return next(((dim, found) for dim, entry in enumerate(split) if (found := zero_axes(entry))), (None, ()))
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,7 @@ class Auto:
     """Under Auto axes: values are global, a constraint says where they live, and the partitioner finds the collective."""
 
     mesh: Mesh
-    axis: str = "data"
-    also: tuple[str, ...] = ()  # axes that ZeRO shards over too: gathered after `axis`, from pieces
+    also: tuple[str, ...] = ()  # axes that ZeRO shards over too: gathered after the others, from pieces
 
     @property
     def is_local(self) -> bool:
@@ -135,9 +134,9 @@ class Auto:
     def gather(self, shard: jax.Array, split: Split) -> jax.Array:
         """Said twice, before and after: else the partitioner may gather earlier, before a barrier that keeps two uses apart."""
         value = self.place(shard, split)
-        for name in (self.axis, *self.also):
-            if any(name in _names(entry) for entry in split):
-                split = without(split, name)
+        for apart in ((), *((name,) for name in self.also)):
+            if (next_split := without(split, apart)) != split:
+                split = next_split
                 value = self.place(value, split)
         return value
 
@@ -148,19 +147,10 @@ class Auto:
         return jax.lax.with_sharding_constraint(value, NamedSharding(self.mesh, PartitionSpec(*split)))
 
 
-def without(split: Split, axis: str) -> Split:
-    """The split with `axis` gathered and every other axis kept."""
-
-    def keep(entry: Any) -> Any:
-        names = tuple(name for name in _names(entry) if name != axis)
-        return names[0] if len(names) == 1 else names or None
-
-    return tuple(map(keep, split))
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+def without(split: Split, also: Sequence[str] = ()) -> Split:
+    """The split with ZeRO's batch axes gathered, and those named, and every other axis kept."""
+    return tuple(entry_of(tuple(name for name in without_zero(entry) if name not in also)) for entry in split)
 
 
 def _num_parts(entry: Any, mesh: Any) -> int:
-    return math.prod(mesh.shape[name] for name in _names(entry))
+    return math.prod(mesh.shape[name] for name in names(entry))

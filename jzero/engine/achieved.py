@@ -13,7 +13,7 @@ import numpy as np
 from jzero import _compat, audit, hlo, traffic
 from jzero._errors import StageNotAchieved, columns, explain
 from jzero._tree import short
-from jzero._types import ZERO_AXES
+from jzero._types import ALSO_AXES
 from jzero.engine import memory
 from jzero.engine.layout import Layout, Options, Trace
 from jzero.gather.facts import Use, kept_use
@@ -177,7 +177,7 @@ def _stacks(subject: Subject) -> dict[int, str]:
     used = {use.num_whole for use in uses}  # a slice of one leaf may be as large as another's stack
     stacks: dict[int, str] = {}
     for use in uses:
-        size = layout.num_elements(use.leaf, apart=ZERO_AXES)
+        size = layout.num_elements(use.leaf, apart=ALSO_AXES)
         if use.level and size not in used:
             stacks.setdefault(size, layout.placements[use.leaf].leaf.path)
     return stacks
@@ -186,7 +186,7 @@ def _stacks(subject: Subject) -> dict[int, str]:
 def _stacks_of_a_pipeline(layout: Layout, pipeline: dict[str, Any]) -> dict[int, str]:
     rows = max(pipeline["layers_per_stage"]) * pipeline["chunks"]
     params = [(i, p.leaf.path) for i, p in enumerate(layout.placements) if p.leaf.role == "params"]
-    sizes = {path: layout.num_elements(index, apart=(*ZERO_AXES, "pipe")) for index, path in params}
+    sizes = {path: layout.num_elements(index, apart=(*ALSO_AXES, "pipe")) for index, path in params}
     shapes = {path: layout.avals[index].shape for index, path in params}
     layers = {path: size // shapes[path][0] for path, size in sizes.items() if path.startswith("params/layers/")}
     used = {*layers.values(), *(size for path, size in sizes.items() if path not in layers)}

@@ -51,6 +51,9 @@ def options(
     mesh = meshes.make_mesh() if mesh is None else mesh
     meshes.check_mesh(mesh)
     table = _schedule(fn, mesh, schedule)
+    if table is not None and meshes.axis_size(mesh, "expert") > 1:
+        found, fix = [f"mesh {meshes.describe(mesh)}"], "Give the axis `expert`'s devices to `data`, or leave `pipe` out."
+        raise NotImplementedError(explain(WHO, "a pipeline has no axis 'expert' in this version", found=found, fix=fix))
     if table is not None and remats.is_offloading(remat):
         found = [f"remat={remat!r} on a mesh with {table.num_pipe_stages} pipe stages"]
         fix = "Offload activations without a pipeline, or save fewer: remat='full' and a schedule such as 1f1b."

@@ -15,9 +15,12 @@ from jax.sharding import PartitionSpec
 
 from jzero import _compat
 from jzero import precision as precisions
+from jzero._specs import axes as axes_of
+from jzero._specs import entry_of, names, zero_axes
 from jzero._tree import is_key
-from jzero._types import ALSO_AXES, ZERO_AXES
+from jzero._types import ALSO_AXES
 from jzero.comm import Auto, Comm, Manual
+from jzero.engine import experts
 from jzero.engine.layout import Layout, Options, Trace, check_effects, check_same_state
 from jzero.engine.scalars import add_up
 from jzero.gather import Fact, constraints_on, differentiable
@@ -31,8 +34,6 @@ from jzero.step import params as parameters
 from jzero.step.normalise import Examples, Normaliser, normaliser
 from jzero.step.train_step import microbatch_shapes
 from jzero.step.update import squares
-
-AXIS = "data"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Holding:
         return Parts(shard=value, sink=sink) if self.gather == "use" else Parts(whole=held, sink=sink)
 
     def at_end(self, grads: Sequence[jax.Array], dtype: Any) -> list[jax.Array]:
-        """Gradients reduced over the data axis: those that were not, once."""
+        """Gradients reduced over ZeRO's axes: those that were not, once."""
         splits = parameters.select(self.splits, self.mask)
         return [self._reduced_at_end(grad, split).astype(dtype) for grad, split in zip(grads, splits, strict=True)]
 
@@ -122,7 +123,9 @@ class Gradients:
         self.mask = parameters.trainable_mask(state.params, step.trainable)
         self.key = step.step_key(state)
         self.examples = self._examine()
-        self.manual = step.reduction == "local" or (step.reduction == "auto" and self.examples.kind != "mixed")
+        self.whole = experts.used_whole(self.examples.program, layout, len(self.leaves), self.mesh, self.batch_axes)
+        can_be_local = step.reduction == "local" or (step.reduction == "auto" and self.examples.kind != "mixed")
+        self.manual = can_be_local and not self.whole
         self.trace = Trace(self.manual, self._findings())
 
     def _examine(self) -> Examples:
@@ -137,6 +140,7 @@ class Gradients:
         done = by_shard if self.manual else "stays global, reduced in every microbatch, because"
         found = [*self.examples.notes]
         found += [f"{what} {done} examples meet before the final mean: {where}" for what, where in self.examples.meetings]
+        found += [f"gradients stay global, reduced in every microbatch, because {line}" for line in self.whole]
         if self.manual and self.examples.program is not None:
             lost = constraints_on(self.examples.program, self.batch_axes)
             found += [f"constraint dropped, since there each shard computes its own rows: {where}" for where in lost]
@@ -146,23 +150,38 @@ class Gradients:
         return jax.tree.unflatten(self.treedef, leaves)
 
     def _splits(self, comm: Comm) -> tuple[Any, ...]:
-        """Per parameter: its spec where ZeRO splits it. Where `data` is manual, a dim over it and more is over it alone."""
+        """Per parameter: its spec where ZeRO splits it. Where ZeRO's axes are manual, a dim over them and more is over them."""
 
         def split(index: int) -> Any:
             entries = self.layout.split(index)
-            if not any(set(ZERO_AXES) & set(_names(entry)) for entry in entries) or self.options.stage.gather == "never":
+            is_zero = any(zero_axes(entry) or set(ALSO_AXES) & set(names(entry)) for entry in entries)
+            if not is_zero or self.options.stage.gather == "never":
                 return None
             return tuple(map(self._by_hand_or_elsewhere, entries)) if comm.is_local else entries
 
         return tuple(split(index) for index in range(len(self.leaves)))  # params come first in a TrainState
 
     def _by_hand_or_elsewhere(self, entry: Any) -> Any:
-        """`data`, alone or before the other axes that ZeRO shards over; else how the partitioner splits what is left."""
-        names = _names(entry)
-        if AXIS in names:
-            return names if names[0] == AXIS and len(names) > 1 and set(names[1:]) <= set(ALSO_AXES) else AXIS
-        names = tuple(name for name in names if name not in self.manual_axes)
-        return names if len(names) > 1 else next(iter(names), None)
+        """ZeRO's manual axes, alone or before its others; else how the partitioner splits what is left."""
+        here, by_hand = names(entry), zero_axes(entry)
+        if by_hand:
+            is_plain = here[: len(by_hand)] == by_hand and set(here[len(by_hand) :]) <= set(ALSO_AXES)
+            return entry_of(here if is_plain else by_hand)
+        return entry_of(tuple(name for name in here if name not in self.manual_axes))
+
+    def _over_batch_axes(self, index: int) -> tuple[Any, ...]:
+        """A parameter's spec as a shard sees it: of the manual axes those that examples are split over."""
+        mine = [tuple(name for name in names(entry) if name in self.batch_axes) for entry in self.layout.split(index)]
+        return tuple(map(entry_of, mine))
+
+    def _seen_whole(self, index: int, comm: Comm) -> jax.ShapeDtypeStruct:
+        """A parameter as the loss sees it: whole, but in one shard's program without the experts that live elsewhere."""
+        leaf = self.leaves[index]
+        if not comm.is_local:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        counts = (axis_size(self.mesh, experts.apart(entry, self.batch_axes)) for entry in self.layout.split(index))
+        shape = tuple(size // count for size, count in zip(leaf.shape, counts, strict=True))
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
     def _holding(self, comm: Comm) -> Holding:
         stage, policy = self.options.stage, self.step.policy
@@ -187,8 +206,8 @@ class Gradients:
         """The gradient of a batch or of one shard of it, with parameters held as the stage says."""
         step, holding = self.step, self._holding(comm)
         micro = microbatch_shapes(batch, step.accumulate)
-        whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._params(self.leaves))
-        program = step.trace(whole, micro, rngs(0), model_state)
+        whole = [self._seen_whole(index, comm) for index in range(len(self.leaves))]
+        program = step.trace(self._params(whole), micro, rngs(0), model_state)
         check_effects(program.jaxpr, self.options)
         weight = normaliser(
             program, self.examples, batch, num_micro=step.accumulate, num_shards=num_shards, rngs=rngs, model_state=model_state,
@@ -228,8 +247,7 @@ class Gradients:
         """Every shard computes its own examples' sums, with the batch axes manual; then they are added up."""
         comm, traced = self._by_hand(), []
         splits = self._splits(comm)
-        over_data = [[AXIS if AXIS in _names(entry) else None for entry in split or ()] for split in splits]
-        specs = [PartitionSpec(*entries) for entries in over_data]
+        specs = [PartitionSpec(*self._over_batch_axes(index)) for index in range(len(splits))]
         whole, by_row = PartitionSpec(), PartitionSpec(self.batch_axes)
 
         def local(leaves: Any, batch: Any, model_state: Any, key: jax.Array, scale: jax.Array, shard: jax.Array) -> Any:
@@ -237,7 +255,7 @@ class Gradients:
             with _compat.constraints_apart_from(self.batch_axes):
                 sums, weight, program = self._sums(leaves, batch, model_state, rngs, scale, comm, self.num_shards)
             traced[:] = [weight.exact, program]
-            return self._added_up(sums, parameters.select(splits, self.mask)), weight.before
+            return self._added_up(sums, parameters.select(specs, self.mask)), weight.before
 
         batch_specs = jax.tree.map(lambda leaf: by_row if is_split(leaf) else whole, self.batch)
         grads_specs = parameters.select(specs, self.mask)
@@ -250,12 +268,10 @@ class Gradients:
         (sums, leaf_squares), before = run(self.leaves, self.batch, self.state.model_state, self.key, scale, shards)
         return sums, leaf_squares, Normaliser(before, traced[0]), traced[1]
 
-    def _added_up(self, sums: gradient.Sums, splits: Sequence[Any]) -> tuple[gradient.Sums, jax.Array]:
-        """What shards still hold apart, in two collectives: whole leaves and the replicas' shards, then all scalars."""
-        splits = [any(AXIS in _names(entry) for entry in split or ()) for split in splits]
-        grads = [self._across(grad, split) for grad, split in zip(sums.grads, splits, strict=True)]
-        num_data, num_replicas = axis_size(self.mesh, AXIS), self.num_shards // axis_size(self.mesh, AXIS)
-        copies = jnp.array([num_replicas if split else num_replicas * num_data for split in splits], jnp.float32)
+    def _added_up(self, sums: gradient.Sums, specs: Sequence[Any]) -> tuple[gradient.Sums, jax.Array]:
+        """What shards still hold apart, in two collectives: leaves over the axes that split them not, then all scalars."""
+        grads = [self._across(grad, self._missing(spec)) for grad, spec in zip(sums.grads, specs, strict=True)]
+        copies = jnp.array([axis_size(self.mesh, self._missing(spec)) for spec in specs], jnp.float32)
         parts = (sums.loss, sums.weight, sums.aux.averaged, sums.aux.summed, squares(grads) / copies)
         self.trace.num_scalars = sum(leaf.size for leaf in jax.tree.leaves(parts))
         loss, weight, averaged, summed, leaf_squares = add_up(parts, self.batch_axes)
@@ -263,15 +279,18 @@ class Gradients:
         model_state = sums.model_state if self.examples.kind != "mixed" else self._averaged(sums.model_state)
         return gradient.Sums(grads, loss, weight, aux, model_state), leaf_squares
 
-    def _across(self, grad: jax.Array, is_shard: bool) -> jax.Array:
+    def _missing(self, spec: Any) -> tuple[str, ...]:
+        """The batch axes over which a gradient with this spec is still to be added up: those whose shards hold all of it."""
+        return tuple(axis for axis in self.batch_axes if axis not in axes_of(spec))
+
+    def _across(self, grad: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         """One all-reduce of a leaf that is whole; of a shard, only over replicas."""
-        axes = tuple(axis for axis in self.batch_axes if axis != AXIS) if is_shard else self.batch_axes
         dtype = self._by_hand().sum_dtype(self.step.policy.reduce_once)
         return jax.lax.psum(grad.astype(dtype), axes).astype(grad.dtype) if axes else grad
 
     def _by_hand(self) -> Manual:
         is_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return Manual(AXIS, widens=is_cpu and len(self.mesh.axis_names) > len(self.manual_axes), also=ALSO_AXES)
+        return Manual(widens=is_cpu and len(self.mesh.axis_names) > len(self.manual_axes), also=ALSO_AXES)
 
     def _averaged(self, model_state: Any) -> Any:
         """`reduction="local"` lets shards' model states differ; their mean is what all go on with."""
@@ -281,10 +300,6 @@ class Gradients:
             return jax.lax.pmean(leaf, self.batch_axes) if is_real else leaf
 
         return jax.tree.map(mean, model_state)
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _any(*specs: Any) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jzero import _compat, roles, traffic
 from jzero import rules as placing
 from jzero._errors import explain
+from jzero._specs import without_zero
 from jzero._tree import named_leaves, num_elements, short
 from jzero._types import Placement, Role
 from jzero.engine.stage_layers import pipe_dims, stacked_layers
@@ -102,13 +103,13 @@ class Layout:
         spec, ndim = self.placements[index].spec, len(self.avals[index].shape)
         return (*spec, *(None,) * (ndim - len(spec)))
 
-    def num_elements(self, index: int, *, apart: tuple[str, ...] = ("data",)) -> int:
-        """Of a leaf; where axes other than those `apart` split it, of one of their pieces.
+    def num_elements(self, index: int, *, apart: tuple[str, ...] = ()) -> int:
+        """Of a leaf; where axes other than ZeRO's and those `apart` split it, of one of their pieces.
 
-        By default what is left is the piece that `data` shards, gathers and reduces.
+        By default what is left is the piece that ZeRO shards, gathers and reduces.
         """
-        axes = [name for entry in self.split(index) for name in (entry if isinstance(entry, tuple) else (entry,))]
-        return num_elements(self.avals[index]) // axis_size(self.mesh, [name for name in axes if name not in (None, *apart)])
+        axes = [name for entry in self.split(index) for name in without_zero(entry)]
+        return num_elements(self.avals[index]) // axis_size(self.mesh, [name for name in axes if name not in apart])
 
 
 @dataclass

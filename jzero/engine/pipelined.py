@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jzero import _compat
 from jzero._errors import explain
 from jzero.engine import pipeline_costs
-from jzero.engine.composed import AXIS, Gradients
+from jzero.engine.composed import Gradients
 from jzero.engine.layout import Layout, Options, Trace, check_effects, check_same_state
 from jzero.engine.over_data import OverData
 from jzero.engine.scalars import add_up
@@ -100,6 +100,7 @@ class PipelineGradients(Gradients):
 
     def _check_meaning(self) -> None:
         """Shards of a pipeline compute on their own: a loss in which their examples meet has no such program."""
+        self._check_statistics()
         reduction = self.step.reduction
         if self.num_shards == 1 or reduction == "local" or (reduction == "auto" and self.examples.kind != "mixed"):
             return
@@ -108,6 +109,15 @@ class PipelineGradients(Gradients):
         fix = "Return jzero.weighted(sum, weight), accept means of shards with reduction='local', or use a mesh with data=1."
         problem = "a pipeline cannot keep the global meaning of this loss on several shards of the batch"
         raise ValueError(explain(WHO, problem, found=found, context=context, fix=fix))
+
+    def _check_statistics(self) -> None:
+        """A mean over all shards is a collective, and pipe stages are not at the same operation at the same time."""
+        program = self.examples.program
+        if program is not None and self.num_shards > 1 and _contains(program, "jzero_over_batch_mean"):
+            found, fix = ["jzero.over_batch_mean in embed, layers or head"], "Use a mesh with data=1 beside pipe, or no pipe."
+            context = f"mesh {describe(self.mesh)}"
+            problem = "a pipeline has no means over the whole batch (routers of experts need them) on several shards"
+            raise NotImplementedError(explain(WHO, problem, found=found, context=context, fix=fix))
 
     def _by_shard(self) -> tuple[gradient.Sums, jax.Array, Normaliser, gradient.LossProgram]:
         """Every shard of the batch runs its microbatches through the pipeline; then shards and pipe stages are added up."""
@@ -241,7 +251,7 @@ class PipelineGradients(Gradients):
         trained = [index for index, trains in enumerate(self.mask) if trains]
         done = [self._added_leaf(grad, index, splits[index], rows) for grad, index in zip(grads, trained, strict=True)]
         everywhere = (*self.batch_axes, PIPE)
-        copies = jnp.array([self._num_copies(index, splits[index]) for index in trained], jnp.float32)
+        copies = jnp.array([self._num_copies(index) for index in trained], jnp.float32)
         parts = (sums.loss, sums.weight, sums.averaged, sums.summed, squares(done) / copies if done else None)
         self._note_costs(sum(leaf.size for leaf in jax.tree.leaves(parts)))
         loss, weight, averaged, summed, leaf_squares = add_up(parts, everywhere)
@@ -254,7 +264,7 @@ class PipelineGradients(Gradients):
         """For the report: what the pipeline costs, and what it should move."""
         splits = self._splits(self._by_hand())
         names = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(self._params(self.leaves))]
-        sizes = [self.layout.num_elements(index, apart=(AXIS, PIPE)) for index in range(len(self.leaves))]
+        sizes = [self.layout.num_elements(index, apart=(PIPE,)) for index in range(len(self.leaves))]
         dims = [self._pipe_dim(index) for index in range(len(names))]
         rows = zip(sizes, names, map(bool, splits), self.mask, dims, strict=True)
         axes = {name: self.mesh.shape[name] for name in self.mesh.axis_names if name in (*self.batch_axes, PIPE)}
@@ -275,13 +285,17 @@ class PipelineGradients(Gradients):
             grad = self.stages.give_back(grad, rows, self._pipe_dim(index))
         else:
             grad = jax.lax.psum(grad, PIPE)
-        return self._across(grad, bool(split))
+        return self._across(grad, self._missing(self._rest(index)))
 
-    def _num_copies(self, index: int, split: Any) -> int:
+    def _num_copies(self, index: int) -> int:
         """How many devices hold the same elements of a gradient."""
-        num_data, num_replicas = axis_size(self.mesh, AXIS), self.num_shards // axis_size(self.mesh, AXIS)
         over_pipe = 1 if self._pipe_dim(index) is not None else self.num_pipe_stages
-        return num_replicas * (1 if split else num_data) * over_pipe
+        return axis_size(self.mesh, self._missing(self._rest(index))) * over_pipe
+
+
+def _contains(program: Any, name: str) -> bool:
+    eqns = _compat.open_jaxpr(program)[0].eqns
+    return any(eqn.primitive.name == name or any(_contains(inner, name) for inner in _compat.inner_jaxprs(eqn)) for eqn in eqns)
 
 
 def _any(*specs: Any) -> tuple[Any, ...]:

@@ -10,9 +10,11 @@ from jax.sharding import PartitionSpec
 import pallas_kernels
 from jzero import audit as audits
 from jzero import hlo, traffic
+from jzero._specs import axes as axes_of
+from jzero._specs import without_zero, zero_split
 from jzero._tree import num_bytes, short
-from jzero._types import ALSO_AXES, BATCH_AXES, ROLES, ZERO_AXES
-from jzero.engine import memory, serving
+from jzero._types import ALSO_AXES, BATCH_AXES, ROLES, ZERO_AXES, ZERO_BATCH_AXES
+from jzero.engine import experts, memory, serving
 from jzero.engine.achieved import ASKED_FOR, Subject
 from jzero.engine.layout import Layout, Options, Trace
 from jzero.mesh import axis_size, batch_axes
@@ -121,42 +123,46 @@ def _formula(fn: Any, layout: Layout, options: Options, trace: Trace, uses: list
 def _composed(fn: TrainStep, layout: Layout, options: Options, trace: Trace, uses: list[Any]) -> traffic.Table:
     params = jax.tree.unflatten(layout.treedef, layout.avals).params
     mask = parameters.trainable_mask(params, fn.trainable)
-    rows = [
-        traffic.Param(
-            layout.num_elements(index), _has_data(layout.split(index)) and options.stage.number > 0, trains,
-            layout.num_elements(index, apart=ZERO_AXES), _also(layout.split(index)),
-        )
-        for index, trains in enumerate(mask)
-    ]  # fmt: skip
+    rows = [_param(layout, options, index, trains) for index, trains in enumerate(mask)]
     micro = fn.accumulate
     wire = traffic.Wire(fn.policy.compute, fn.policy.reduce, fn.policy.reduce_once, micro)
     axes = {name: size for name, size in options.mesh.shape.items() if name in (*BATCH_AXES, *ALSO_AXES)}
-    return traffic.composed(options.stage, rows, uses, wire, axes, trace.num_scalars)
+    table = traffic.composed(options.stage, rows, uses, wire, axes, trace.num_scalars)
+    return {**table, **experts.wire(experts.exchanges(trace.jaxpr, options.mesh), options.mesh, micro)}
+
+
+def _param(layout: Layout, options: Options, index: int, trains: bool) -> traffic.Param:
+    entries = layout.split(index)
+    rest = tuple(axis for axis in batch_axes(options.mesh) if axis not in axes_of(entries))
+    whole = layout.num_elements(index, apart=ALSO_AXES)
+    return traffic.Param(layout.num_elements(index), zero_split(entries), trains, rest, whole, _also(entries))
 
 
 def _opaque(layout: Layout, options: Options, uses: list[Any]) -> traffic.Table:
     split_owners = {
         p.leaf.owner for i, p in enumerate(layout.placements) if p.leaf.owner is not None and _has_data(layout.split(i))
     }
-    rows = [
-        traffic.OpaqueParam(
-            layout.num_elements(index), layout.num_elements(index, apart=ZERO_AXES), aval.dtype, index in split_owners
+    zero = tuple(name for name in ZERO_BATCH_AXES if name in options.mesh.axis_names)
+    taken = lambda index: {name for entry in layout.split(index) for name in without_zero(entry)}
+    rows = {
+        index: traffic.OpaqueParam(
+            layout.num_elements(index), layout.num_elements(index, apart=ALSO_AXES), aval.dtype, index in split_owners,
+            zero_split(layout.split(index)) or tuple(name for name in zero if name not in taken(index)),
         )
         for index, (aval, placement) in enumerate(zip(layout.avals, layout.placements, strict=True))
         if placement.leaf.role == "params"
-    ]
-    axes = {name: size for name, size in options.mesh.shape.items() if name == "data" or (name in ALSO_AXES and size > 1)}
+    }  # fmt: skip
+    axes = {name: size for name, size in options.mesh.shape.items() if name in ZERO_AXES}
     return traffic.opaque(options.stage, rows, uses, axes)
 
 
 def _also(split: tuple[Any, ...]) -> tuple[str, ...]:
-    """The axes beside `data` that ZeRO splits a leaf over."""
-    names = {name for entry in split for name in (entry if isinstance(entry, tuple) else (entry,))}
-    return tuple(axis for axis in ALSO_AXES if axis in names)
+    """The axes beside its batch axes that ZeRO splits a leaf over."""
+    return tuple(axis for axis in ALSO_AXES if axis in axes_of(split))
 
 
 def _has_data(split: tuple[Any, ...]) -> bool:
-    return any("data" in (entry if isinstance(entry, tuple) else (entry,)) for entry in split)
+    return bool(zero_split(split))
 
 
 def _side_by_side(measured: traffic.Table, formula: traffic.Table) -> dict[str, dict[str, dict[str, int]]]:
@@ -189,7 +195,9 @@ def leaf_rows(layout: Layout) -> list[dict[str, Any]]:
 def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.Audit) -> list[str]:
     """What a reader should know: leaves that stayed whole, examples that meet, collectives that nobody asked for."""
     found = [*trace.findings, *_idle_axes(layout, options)]
-    if options.stage.number > 0 and axis_size(options.mesh, "data") > 1:
+    if trace.jaxpr is not None:
+        found += experts.findings(experts.exchanges(trace.jaxpr, options.mesh))
+    if options.stage.number > 0 and axis_size(options.mesh, ZERO_BATCH_AXES) > 1:
         whole = [
             f"{p.leaf.path} {short(aval)} stays whole: {p.why}"
             for p, aval, index in zip(layout.placements, layout.avals, range(len(layout.avals)), strict=True)

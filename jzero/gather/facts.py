@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from jzero import _compat
-from jzero._types import ZERO_AXES
+from jzero._specs import names, without_zero
+from jzero._types import ALSO_AXES
 from jzero.gather.views import dims_of
 
 Split = tuple[Any, ...]  # one entry per dim, as in a PartitionSpec: None, an axis name, or a tuple of them
@@ -51,7 +52,7 @@ class Use(NamedTuple):
     trips: int  # how often a step of the surrounding program runs it
     level: tuple[int, ...]  # the loops around it, by identity
     in_remat: bool
-    num_elements: int  # of the whole operand; where axes other than `data` split it too, of the piece that one device gathers
+    num_elements: int  # of the whole operand; where axes other than ZeRO's split it too, of the piece that one device gathers
     num_whole: int  # once the other axes that ZeRO shards over (`sequence`) are gathered as well
 
 
@@ -140,12 +141,12 @@ class Reading:
     _alive: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     def num_shards(self, entry: Any) -> int:
-        names = [name for name in _names(entry) if self.local_axes is None or name in self.local_axes]
-        return math.prod(self.axis_sizes[name] for name in names)
+        counted = [name for name in names(entry) if self.local_axes is None or name in self.local_axes]
+        return math.prod(self.axis_sizes[name] for name in counted)
 
-    def num_pieces(self, split: Split, *, apart: Sequence[str] = ("data",)) -> int:
-        """In how many pieces axes other than `data` split a value: `data` gathers and reduces each by itself."""
-        return math.prod(self.axis_sizes[name] for entry in split for name in _names(entry) if name not in apart)
+    def num_pieces(self, split: Split, *, apart: Sequence[str] = ()) -> int:
+        """In how many pieces axes other than ZeRO's and `apart` split a value: each is gathered and reduced by itself."""
+        return math.prod(self.axis_sizes[name] for entry in split for name in without_zero(entry) if name not in apart)
 
     def outcome(self, jaxpr: Any, facts: Facts) -> tuple[Fact | None, ...]:
         """Facts of a jaxpr's outputs, from those of its inputs."""
@@ -210,7 +211,7 @@ class Reading:
             for operand, (fact, enters) in enumerate(zip(inputs, transfer.entering, strict=True)):
                 if fact is not None and enters is None and fact.is_param:
                     size = math.prod(eqn.invars[operand].aval.shape)
-                    piece, whole = (size // self.num_pieces(fact.split, apart=apart) for apart in (("data",), ZERO_AXES))
+                    piece, whole = (size // self.num_pieces(fact.split, apart=apart) for apart in ((), ALSO_AXES))
                     yield Use(fact.leaf, eqn, operand, trips, level, in_remat, piece, whole)
             if any(transfer.entering) and transfer.kind in _BODIES:
                 rounds = eqn.params.get("length", 1)
@@ -259,10 +260,6 @@ def per_iteration(fact: Fact | None) -> Fact | None:
 
 def _stacked(fact: Fact | None) -> Fact | None:
     return fact and fact._replace(split=(None, *fact.split))
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _look(known: dict[Any, Fact], var: Any) -> Fact | None:

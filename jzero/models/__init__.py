@@ -1,4 +1,4 @@
-"""GPT-2 and Llama in flax nnx, as pure functions over plain dicts of parameters."""
+"""GPT-2, Llama and Mixtral in flax nnx, as pure functions over plain dicts of parameters."""
 
 from jzero.models.build import FLOPS_FORMULA as FLOPS_FORMULA
 from jzero.models.build import Model as Model
@@ -9,6 +9,7 @@ from jzero.models.build import unstack as unstack
 from jzero.models.config import PRESETS as PRESETS
 from jzero.models.config import GPT2Config as GPT2Config
 from jzero.models.config import LlamaConfig as LlamaConfig
+from jzero.models.config import MixtralConfig as MixtralConfig
 from jzero.models.config import ModelConfig as ModelConfig
 from jzero.models.config import RopeScaling as RopeScaling
 from jzero.models.config import preset as preset

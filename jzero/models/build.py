@@ -12,16 +12,20 @@ from jzero._errors import explain
 from jzero._tree import num_elements
 from jzero.attention import Attention, Kind
 from jzero.attention import attention as attention_by
-from jzero.models.config import GPT2Config, LlamaConfig, ModelConfig, preset
+from jzero.models.config import GPT2Config, LlamaConfig, MixtralConfig, ModelConfig, preset
 from jzero.models.gpt2 import GPT2Layer, GPT2Outer
 from jzero.models.layers import run_layers
 from jzero.models.llama import LlamaLayer, LlamaOuter
 from jzero.models.loss import next_token_loss, next_token_loss_without_logits
+from jzero.models.mixtral import MixtralLayer, MixtralOuter, check, routing_loss
 
-_MODULES: dict[type, tuple[Any, Any]] = {GPT2Config: (GPT2Layer, GPT2Outer), LlamaConfig: (LlamaLayer, LlamaOuter)}
+_MODULES: dict[type, tuple[Any, Any]] = {
+    GPT2Config: (GPT2Layer, GPT2Outer), LlamaConfig: (LlamaLayer, LlamaOuter), MixtralConfig: (MixtralLayer, MixtralOuter),
+}  # fmt: skip
 
 FLOPS_FORMULA = (
-    "6 N + 12 L d T per token; N = parameters that multiply (no position table, an untied embedding not), d = heads x head dim"
+    "6 N + 12 L d T per token; N = parameters that multiply (no position table, an untied embedding not, of experts those of "
+    "one token), d = heads x head dim"
 )
 
 
@@ -34,9 +38,9 @@ class Model(NamedTuple):
     loss: Callable[[Any, jax.Array], jax.Array]  # params, tokens[B, T + 1] -> scalar: mean over B and T, float32
     num_params: int  # as published: padding of the vocabulary not counted
     flops_per_token: Callable[[int], float]  # sequence length -> forward and backward, causality not discounted
-    embed: Callable[[Any, jax.Array], jax.Array]  # params, tokens -> x
-    layer: Callable[[jax.Array, Any], jax.Array]  # x, one layer's params -> x
-    head: Callable[[Any, jax.Array], jax.Array]  # params, x -> logits, padding included
+    embed: Callable[[Any, jax.Array], Any]  # params, tokens -> x; of Mixtral with the router's losses beside it
+    layer: Callable[[Any, Any], Any]  # x, one layer's params -> x
+    head: Callable[[Any, Any], jax.Array]  # params, x -> logits, padding included
 
 
 def build(
@@ -48,7 +52,7 @@ def build(
     loss: str = "plain",
     **changes: Any,
 ) -> Model:
-    """A GPT-2 or Llama as pure functions.
+    """A GPT-2, Llama or Mixtral as pure functions.
 
     Args:
         model: a preset's name or a config. Keyword `changes` replace fields of a preset.
@@ -69,6 +73,8 @@ def build(
         ()
     """
     config = preset(model, **changes) if isinstance(model, str) else model
+    if isinstance(config, MixtralConfig):
+        check(config)
     layer_class, outer_class = _MODULES[type(config)]
     attend = partial(attention_by, kind=attention_kind, implementation=attention)
 
@@ -89,14 +95,14 @@ def build(
     def outer(params: Any) -> Any:
         return nnx.merge(outer_def, {name: part for name, part in params.items() if name != "layers"})
 
-    def embed(params: Any, tokens: jax.Array) -> jax.Array:
+    def embed(params: Any, tokens: jax.Array) -> Any:
         _check_length(tokens, config)
         return outer(params).embed(tokens)
 
-    def layer(x: jax.Array, params: Any) -> jax.Array:
+    def layer(x: Any, params: Any) -> Any:
         return nnx.merge(layer_def, params)(x)
 
-    def head(params: Any, x: jax.Array) -> jax.Array:
+    def head(params: Any, x: Any) -> jax.Array:
         return outer(params).head(x)
 
     def padded_logits(params: Any, tokens: jax.Array) -> jax.Array:
@@ -107,6 +113,10 @@ def build(
 
     def mean_loss(params: Any, tokens: jax.Array) -> jax.Array:
         x = run_layers(layer, embed(params, tokens[:, :-1]), params["layers"])
+        tokens_loss = mean_token_loss(params, x, tokens)
+        return tokens_loss + routing_loss(config, x) if isinstance(config, MixtralConfig) else tokens_loss
+
+    def mean_token_loss(params: Any, x: Any, tokens: jax.Array) -> jax.Array:
         if loss == "plain":
             return next_token_loss(head(params, x), tokens[:, 1:], vocab_size=config.vocab_size)
         x, w, vocab_dim = outer(params).before_logits(x)
@@ -148,6 +158,8 @@ def _flops_per_token(config: ModelConfig, num_params: int) -> Callable[[int], fl
     unused = config.max_seq * config.dim if isinstance(config, GPT2Config) else 0
     if isinstance(config, LlamaConfig) and not config.tied:
         unused = config.vocab_size * config.dim
+    if isinstance(config, MixtralConfig):
+        unused += (config.num_experts - config.top_k) * config.num_layers * 3 * config.dim * config.ffn_dim
     attention = 12 * config.num_layers * config.num_heads * config.head_dim
     return lambda seq: 6.0 * (num_params - unused) + attention * seq
 

@@ -58,6 +58,17 @@ class LlamaConfig:
         return self.head_dim_override or self.dim // self.num_heads
 
 
+@dataclass(frozen=True, kw_only=True)
+class MixtralConfig(LlamaConfig):
+    """Jiang et al.: Mixtral of Experts, 2024. Llama with `num_experts` SwiGLU blocks per layer, `top_k` of them per token."""
+
+    num_experts: int
+    top_k: int = 2
+    capacity_factor: float | None = None  # per sequence; None drops nothing (`jzero.moe`)
+    balance_weight: float = 0.01  # of the losses below, averaged over layers (Switch Transformers, section 2.2)
+    z_weight: float = 0.001  # ST-MoE, section 3
+
+
 ModelConfig = GPT2Config | LlamaConfig
 
 PRESETS: dict[str, ModelConfig] = {
@@ -76,6 +87,29 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     "llama-8b": LlamaConfig(num_layers=32, num_heads=32, num_kv_heads=8, dim=4096, ffn_dim=14336),
     "llama-70b": LlamaConfig(num_layers=80, num_heads=64, num_kv_heads=8, dim=8192, ffn_dim=28672),
+    "mixtral-tiny": MixtralConfig(
+        num_layers=4,
+        num_heads=6,
+        num_kv_heads=2,
+        dim=192,
+        ffn_dim=288,
+        vocab_size=256,
+        max_seq=256,
+        rope_scaling=None,
+        num_experts=8,
+    ),
+    "mixtral-8x7b": MixtralConfig(
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        dim=4096,
+        ffn_dim=14336,
+        vocab_size=32000,
+        max_seq=32768,
+        rope_theta=1e6,
+        rope_scaling=None,
+        num_experts=8,
+    ),
     "llama-405b": LlamaConfig(num_layers=126, num_heads=128, num_kv_heads=8, dim=16384, ffn_dim=53248),
 }
 

@@ -71,13 +71,13 @@ def _rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) 
     return blend * base + (1 - blend) * base / scaling.factor
 
 
-def run_layers(layer: Callable[[jax.Array, Any], jax.Array], x: jax.Array, layers: Any) -> jax.Array:
-    """`x` through every layer: a scan over stacked parameters, or a loop over a list of them.
+def run_layers(layer: Callable[[Any, Any], Any], x: Any, layers: Any) -> Any:
+    """`x`, an array or several, through every layer: a scan over stacked parameters, or a loop over a list of them.
 
     On a mesh with an axis `sequence`, x[B, T_sequence, D] at each end of a layer.
     """
-    split = lambda x, params: split_sequence(layer(x, params))
-    x = split_sequence(x)
+    split = lambda x, params: _by_sequence(layer(x, params))
+    x = _by_sequence(x)
     if isinstance(layers, list | tuple):
         body = remat.wrap_layer(split, scanned=False)
         for params in layers:
@@ -85,3 +85,8 @@ def run_layers(layer: Callable[[jax.Array, Any], jax.Array], x: jax.Array, layer
         return x
     body = remat.wrap_layer(split)
     return jax.lax.scan(lambda x, params: (body(x, params), None), x, layers)[0]
+
+
+def _by_sequence(x: Any) -> Any:
+    """Of what travels between layers the activations, split over `sequence`."""
+    return jax.tree.map(lambda leaf: split_sequence(leaf) if leaf.ndim > 2 else leaf, x)

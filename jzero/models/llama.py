@@ -1,5 +1,7 @@
 """Llama 3: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases; the head tied or not as published."""
 
+from functools import partial
+
 import jax
 from flax import nnx
 
@@ -15,33 +17,42 @@ tensor_rules = (
 )
 
 
-class LlamaLayer(nnx.Module):
-    """x + attention(norm(x)), then x + swiglu(norm(x)). Kernels are [in, out]."""
+class LlamaAttention(nnx.Module):
+    """x + attention(norm(x)), and the norm of what follows. Kernels are [in, out]."""
 
     def __init__(self, config: LlamaConfig, *, attend: Attend, rngs: nnx.Rngs):
         self.config, self.attend = config, attend
         kv_dim, q_dim = config.num_kv_heads * config.head_dim, config.num_heads * config.head_dim
-
-        def kernel(num_in: int, num_out: int) -> nnx.Linear:
-            return linear(num_in, num_out, stddev=_STDDEV, use_bias=False, rngs=rngs)
-
+        kernel = partial(_kernel, rngs=rngs)
         self.attn_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, rngs=rngs)
         self.q, self.k, self.v = kernel(config.dim, q_dim), kernel(config.dim, kv_dim), kernel(config.dim, kv_dim)
         self.o = kernel(q_dim, config.dim)
         self.mlp_norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, rngs=rngs)
-        self.gate, self.up = kernel(config.dim, config.ffn_dim), kernel(config.dim, config.ffn_dim)
-        self.down = kernel(config.ffn_dim, config.dim)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self._attend(self.attn_norm(x))
-        y = self.mlp_norm(x)
-        return x + self.down(jax.checkpoint(_swiglu)(self.gate(y), self.up(y)))  # saves its two inputs, nothing between
-
-    def _attend(self, x: jax.Array) -> jax.Array:
+    def attended(self, x: jax.Array) -> jax.Array:
         config, heads = self.config, (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
         q, k = (rotate(part, theta=config.rope_theta, scaling=config.rope_scaling) for part in (q, k))
         return self.o(self.attend(q, k, v).reshape(*x.shape[:2], -1))
+
+
+class LlamaLayer(LlamaAttention):
+    """x + attention(norm(x)), then x + swiglu(norm(x))."""
+
+    def __init__(self, config: LlamaConfig, *, attend: Attend, rngs: nnx.Rngs):
+        super().__init__(config, attend=attend, rngs=rngs)
+        kernel = partial(_kernel, rngs=rngs)
+        self.gate, self.up = kernel(config.dim, config.ffn_dim), kernel(config.dim, config.ffn_dim)
+        self.down = kernel(config.ffn_dim, config.dim)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attended(self.attn_norm(x))
+        y = self.mlp_norm(x)
+        return x + self.down(jax.checkpoint(_swiglu)(self.gate(y), self.up(y)))  # saves its two inputs, nothing between
+
+
+def _kernel(num_in: int, num_out: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+    return linear(num_in, num_out, stddev=_STDDEV, use_bias=False, rngs=rngs)
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jzero._errors import explain
 from jzero.models.build import Model
+from jzero.models.config import MixtralConfig
 from jzero.models.loss import next_token_loss
 from jzero.pipeline.model import Pipeline
 
@@ -23,6 +25,10 @@ def pipeline(model: Model) -> tuple[Pipeline, Callable[[Any], Any]]:
         >>> sorted(arrange(models.build("gpt2-tiny", num_layers=2).init(jax.random.key(0))))
         ['embed', 'head', 'layers', 'tied']
     """
+    if isinstance(model.config, MixtralConfig):
+        found, fix = [f"{model.config.num_experts} experts"], "Use `expert`, `tensor` and `data` for it."
+        problem = "a mixture of experts is no pipeline in this version"
+        raise NotImplementedError(explain("jzero.models", problem, found=found, fix=fix))
     shapes = {name: part for name, part in jax.eval_shape(model.init, jax.random.key(0)).items() if name != "layers"}
     tied = () if "lm_head" in shapes else ("wte",)
 

@@ -15,15 +15,19 @@ COLUMNS, ROWS = 1, 2  # the dim that is split, counted from the end: kernels are
 Rule = Callable[[str, Any], PartitionSpec | None]
 
 
-def split(dim_from_the_end: int, pattern: str) -> Rule:
+def split(dim_from_the_end: int, pattern: str, axis: str = AXIS) -> Rule:
     """Split that dim of every leaf whose path the pattern finds, in stacked layers as in single ones."""
+    return placed(pattern, {dim_from_the_end: axis})
+
+
+def placed(pattern: str, axes: dict[int, str]) -> Rule:
+    """Split several dims, counted from the end, each over its axis."""
     found = re.compile(pattern)
 
     def rule(path: str, leaf: Any) -> PartitionSpec | None:
         if not found.search(path):
             return None
-        before = len(leaf.shape) - dim_from_the_end
-        return PartitionSpec(*(None,) * before, AXIS)
+        return PartitionSpec(*(axes.get(dim) for dim in range(len(leaf.shape), 0, -1)))
 
-    rule.__name__ = f"tensor({pattern})"
+    rule.__name__ = f"{'+'.join(axes.values())}({pattern})"
     return rule

@@ -9,7 +9,7 @@ from jzero import precision as precisions
 from jzero import remat as remats
 from jzero import stages
 from jzero._errors import explain, suggest
-from jzero.models import ModelConfig, preset
+from jzero.models import MixtralConfig, ModelConfig, preset
 from jzero.pipeline import schedules
 from jzero.plan import facts
 from jzero.plan.shapes import tensor_sizes
@@ -112,6 +112,10 @@ def make(
       ValueError: an unknown name (with suggestions), or sizes that do not divide (with those that would).
     """
     config, parsed = preset(model), parse(target)
+    if isinstance(config, MixtralConfig):
+        fix = "jzero.plan(step, state, *batch, target=...) compiles a step of your own, experts and all."
+        found = [f"--model {model}: {config.num_experts} experts"]
+        raise NotImplementedError(explain(WHO, "the closed form knows no experts", found=found, fix=fix))
     stages.get(stage)
     precisions.get(precision)
     remats.get(remat)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jzero.reduction import along, draws, index, moves, pointwise
+from jzero.reduction import along, draws, experts, index, moves, pointwise
 from jzero.reduction.equation import Equation
 from jzero.reduction.fold import fold
 from jzero.reduction.programs import (
@@ -37,7 +37,7 @@ from jzero.reduction.states import (
     no_examples,
 )
 
-RULES = {**pointwise.RULES, **moves.RULES, **along.RULES, **index.RULES, **draws.RULES}
+RULES = {**pointwise.RULES, **moves.RULES, **along.RULES, **index.RULES, **draws.RULES, **experts.RULES}
 
 
 def walk(small: Any, large: Any, ins: Sequence[AnyState], context: Context) -> list[AnyState]:

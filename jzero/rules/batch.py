@@ -20,7 +20,7 @@ def is_split(leaf: Any) -> bool:
 
 
 def batch_spec(leaf: Any, mesh: Mesh, path: str = "") -> PartitionSpec:
-    """The spec of one batch leaf, x[B_(replica,data), T_sequence, ...]; PRNG keys and scalars are replicated.
+    """The spec of one batch leaf, x[B_(replica,data,expert), T_sequence, ...]; PRNG keys and scalars are replicated.
 
     Where the mesh has an axis `sequence` that does not divide dim 1 (tokens[B, T + 1], say), that dim stays whole.
 

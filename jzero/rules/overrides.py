@@ -111,8 +111,18 @@ def _wrong(leaf: Leaf, spec: object, mesh: Mesh) -> str:
     unknown = [f"unknown axis {axis!r}. {suggest(axis, known)}" for axis in axes if axis not in known]
     twice = [f"axis {axis!r} appears {count} times" for axis, count in Counter(axes).items() if count > 1]
     sizes = [(dim, size, axis_size(mesh, entry)) for dim, (size, entry) in enumerate(zip(leaf.shape, entries, strict=False))]
-    uneven = [f"dim {dim} has size {size}, not a multiple of {parts}" for dim, size, parts in sizes if size % parts]
+    uneven = [
+        f"dim {dim} has size {size}, not a multiple of {parts}{_legal(entries[dim], size)}"
+        for dim, size, parts in sizes
+        if size % parts
+    ]
     return "; ".join(unknown or twice or uneven)
+
+
+def _legal(entry: tuple[str, ...], size: int) -> str:
+    """Experts are few, so the axis sizes that would do can be listed."""
+    legal = ", ".join(str(parts) for parts in range(1, size + 1) if size % parts == 0)
+    return f": legal sizes of axis 'expert' are {legal}" if entry == ("expert",) else ""
 
 
 def _entries(spec: PartitionSpec) -> Entries:

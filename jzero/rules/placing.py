@@ -1,4 +1,4 @@
-"""The ZeRO rule: of each leaf, shard over `data` the largest dim that it divides."""
+"""The ZeRO rule: of each leaf, shard over `data` (and `expert` with it) the largest dim that divides."""
 
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -6,13 +6,14 @@ from typing import Literal, NamedTuple
 from jax.sharding import Mesh
 
 from jzero._errors import columns, explain, suggest
+from jzero._specs import without_zero
 from jzero._tree import num_elements, short
-from jzero._types import ALSO_AXES, ZERO_AXES, Leaf, Placement, Role
+from jzero._types import ALSO_AXES, ZERO_AXES, ZERO_BATCH_AXES, Leaf, Placement, Role
 from jzero.mesh import axis_size, describe
 from jzero.rules.overrides import Entries, Override, Rule, overrides, to_spec
 from jzero.rules.stacked import stacked_dims
 
-AXIS = "data"  # the axis that ZeRO shards over first; `replica` repeats
+AXIS = "data"  # the first of the axes that ZeRO shards over; `replica` repeats
 PIPE = "pipe"
 
 
@@ -93,21 +94,29 @@ def _choose(
     if asked and (not asked.names_axes or any(AXIS in entry for entry in entries)):
         return Choice(entries, asked.rule)
     said = f"{asked.rule}; " if asked else ""
-    num_shards = axis_size(mesh, AXIS)
-    if num_shards == 1 and axis_size(mesh, ALSO_AXES) == 1:
+    axes = zero_axes(entries, mesh)
+    if axis_size(mesh, (*axes, *ALSO_AXES)) == 1:
         return Choice(entries, f"{said}axis '{AXIS}' has size 1")
     if num_elements(leaf) < min_shard_elements:
         return Choice(entries, f"{said}{num_elements(leaf)} elements, under min_shard_elements={min_shard_elements}")
-    if num_shards == 1:
+    if axis_size(mesh, axes) == 1:
         return _also(Choice(entries, f"{said}axis '{AXIS}' has size 1"), leaf, mesh, layer_dim)
-    dim = _largest(leaf.shape, entries, num_shards, layer_dim)
-    if dim is None:
-        left = _left(leaf.shape, entries, layer_dim)
-        return Choice(entries, f"{said}{_why_none(leaf, left, num_shards)}", tuple(left))
-    sharded = (*entries[:dim], (AXIS,), *entries[dim + 1 :])
-    return _also(
-        Choice(sharded, f"{said}dim {dim} of size {leaf.shape[dim]} over '{AXIS}' ({num_shards})"), leaf, mesh, layer_dim
-    )
+    for over in dict.fromkeys((axes, (AXIS,))):  # a dim that data alone divides is better than none
+        num_shards = axis_size(mesh, over)
+        dim = _largest(leaf.shape, entries, num_shards, layer_dim) if num_shards > 1 else None
+        if dim is not None:
+            sharded = (*entries[:dim], over, *entries[dim + 1 :])
+            why = f"{said}dim {dim} of size {leaf.shape[dim]} over '{'+'.join(over)}' ({num_shards})"
+            why += f": no free dim is a multiple of {axis_size(mesh, axes)}" if over != axes else ""
+            return _also(Choice(sharded, why), leaf, mesh, layer_dim)
+    left = _left(leaf.shape, entries, layer_dim)
+    return Choice(entries, f"{said}{_why_none(leaf, left, axis_size(mesh, axes))}", tuple(left))
+
+
+def zero_axes(entries: Entries, mesh: Mesh) -> tuple[str, ...]:
+    """The batch axes over which ZeRO shards a leaf with these entries: `data`, and `expert` unless its pieces are experts."""
+    taken = {axis for entry in entries for axis in entry}
+    return tuple(axis for axis in ZERO_BATCH_AXES if axis == AXIS or (axis in mesh.axis_names and axis not in taken))
 
 
 def _also(choice: Choice, leaf: Leaf, mesh: Mesh, layer_dim: int | None) -> Choice:
@@ -171,14 +180,15 @@ def _placed(
     on_request = role == "other" and i in asked and bool(shard_roles)
     if role in shard_roles or on_request:
         return choice._replace(why=f"{follows}{choice.why}")
-    without = tuple(tuple(axis for axis in entry if axis not in ZERO_AXES) for entry in choice.entries)
+    without = tuple(tuple(axis for axis in without_zero(entry) if axis not in ALSO_AXES) for entry in choice.entries)
     said = f"{asked[source].rule}; " if source in asked and any(without) else ""
     return Choice(without, f"{said}{role} is not sharded over '{AXIS}' here")
 
 
 def _indivisible(placed: Sequence[Choice], leaves: Sequence[Leaf], mesh: Mesh, least: int) -> str:
     """Every leaf that cannot be split, and the sizes that could."""
-    num_shards = axis_size(mesh, AXIS)
+    axis = AXIS if axis_size(mesh, AXIS) > 1 else "+".join(axis for axis in ZERO_BATCH_AXES if axis in mesh.axis_names)
+    num_shards = axis_size(mesh, axis.split("+"))  # the least that a dim must be a multiple of
     rows: list[list[str]] = []
     pads: dict[int, str] = {}  # one for each parameter, whose mirrors have the same shape
     for i, (leaf, choice) in enumerate(zip(leaves, placed, strict=True)):
@@ -188,7 +198,7 @@ def _indivisible(placed: Sequence[Choice], leaves: Sequence[Leaf], mesh: Mesh, l
             rows.append([leaf.path, short(leaf), wrong])
             size, dim = max((leaf.shape[dim], dim) for dim in choice.indivisible)
             pads.setdefault(_source(i, leaf), f"dim {dim} of {leaf.path} to {-(-size // num_shards) * num_shards}")
-    problem = f"{len(rows)} of {len(leaves)} leaves cannot be split over axis '{AXIS}' (size {num_shards})"
+    problem = f"{len(rows)} of {len(leaves)} leaves cannot be split over axis '{axis}' (size {num_shards})"
     context = f"mesh {describe(mesh)}; rule largest_dim(min_shard_elements={least})"
     fix = f"Pad {', '.join(pads.values())}; give another spec in rules=, or allow replication with on_indivisible='replicate'"
     return explain("jzero.shard", problem, found=columns(rows), context=context, fix=fix)

@@ -15,6 +15,13 @@ FURTHER = {
     "data 1 tensor 8": {"data": 1, "tensor": 8},
     "replica 2 data 2 tensor 2": {"replica": 2, "data": 2, "tensor": 2},
 }
+# with experts spread over an axis, over which examples are split too
+EXPERT = {
+    "expert 4 data 2": {"expert": 4, "data": 2},
+    "expert 2 data 2 tensor 2": {"expert": 2, "data": 2, "tensor": 2},
+    "replica 2 expert 2 data 2": {"replica": 2, "expert": 2, "data": 2},
+    "expert 8": {"expert": 8, "data": 1},
+}
 # with an axis that splits each example, for models that attend by `jzero.attention`
 SEQUENCE = {
     "data 2 sequence 4": {"data": 2, "sequence": 4},
@@ -25,5 +32,5 @@ SEQUENCE = {
 
 
 def make(name):
-    sizes = {**MESHES, **FURTHER, **SEQUENCE}[name]
+    sizes = {**MESHES, **FURTHER, **EXPERT, **SEQUENCE}[name]
     return jzero.make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])

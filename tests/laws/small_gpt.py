@@ -87,7 +87,7 @@ def _layer_of_pieces(kind, x, p):
 
 
 def loss_of_pieces(kind, params, tokens, mask):
-    """`weighted_loss` of all positions, the last without weight, so that LENGTH is split; masks leave unequal weights."""
+    """`weighted_loss` of all positions, the last with no weight, so LENGTH is split; masks leave pieces unequal weights."""
     x = jzero.split_sequence(params["embed"][tokens] + params["positions"][: tokens.shape[1]])
     x, _ = jax.lax.scan(functools.partial(_layer_of_pieces, kind), x, params["layers"])
     head = params["head"] if "head" in params else params["embed"].T / math.sqrt(WIDTH)
@@ -103,6 +103,12 @@ def mean_loss(params, tokens, mask):
 
 def weighted_loss(params, tokens, mask):
     return jzero.weighted(jnp.sum(mask * token_losses(params, tokens)), jnp.sum(mask))
+
+
+def rules(mesh):
+    """For a mesh by name."""
+    of_tensor = TENSOR_AND_SEQUENCE_RULES if "sequence" in mesh else TENSOR_RULES
+    return of_tensor if "tensor" in mesh else ()
 
 
 LOSSES = {

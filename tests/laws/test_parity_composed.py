@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 import small_gpt
+import small_moe
 from closeness import assert_same_others, assert_within, gaps, on_host, sizes
 from compiling import quick_jit
 from pairwise import label, pairwise, product
@@ -52,6 +53,7 @@ class Step(NamedTuple):
     tied: bool
     loss: str
     optimizer: str
+    model: str = "gpt"
 
 
 class Run(NamedTuple):
@@ -69,13 +71,14 @@ def keep_gradient():
     return optax.GradientTransformation(init, lambda grads, state, params=None: (grads, grads))
 
 
+MODELS = {"gpt": small_gpt, "moe": small_moe}
 OPTIMIZERS = {"adamw": lambda: optax.adamw(1e-3), "sgd": lambda: optax.sgd(0.1)}
 
 
 @functools.cache
 def train_step(step):
     return jzero.make_train_step(
-        small_gpt.LOSSES[step.loss],
+        MODELS[step.model].LOSSES[step.loss],
         optax.chain(keep_gradient(), OPTIMIZERS[step.optimizer]()),
         precision=step.precision,
         accumulate=step.accumulate,
@@ -85,7 +88,7 @@ def train_step(step):
 
 def run(call, step, batch, place=lambda state: state):
     """Five steps on one batch."""
-    state = place(train_step(step).init(small_gpt.make_params(tied=step.tied)))
+    state = place(train_step(step).init(MODELS[step.model].make_params(tied=step.tied)))
     for index in range(NUM_STEPS):
         state, metrics = call(state, *batch)
         assert not metrics["skipped"], "a skipped step would compare nothing"
@@ -112,8 +115,7 @@ def reordered(step):
 
 
 def sharded(step, stage, mesh):
-    of_tensor = small_gpt.TENSOR_AND_SEQUENCE_RULES if "sequence" in mesh else small_gpt.TENSOR_RULES
-    rules = of_tensor if "tensor" in mesh else ()
+    rules = MODELS[step.model].rules(mesh)
     on_mesh = jzero.shard(
         train_step(step), stage=stage, mesh=meshes.make(mesh), min_shard_elements=small_gpt.MIN_SHARD_ELEMENTS, rules=rules
     )
@@ -198,6 +200,32 @@ def on_further_axes():
 @pytest.mark.parametrize("entry", on_further_axes())
 def test_parity_on_further_axes(entry):
     check({**AROUND_ONE, **entry})
+
+
+EXPERTS = {
+    "stage": (0, 1, 2, 3),
+    "precision": ("fp32", "bf16"),
+    "accumulate": (1, 4),
+    "clip": (None, 1.0),
+    "mesh": tuple(meshes.EXPERT),
+    "loss": ("mean", "capacity", "weighted"),
+    "optimizer": ("adamw", "sgd"),
+}
+QUICK_EXPERTS = {
+    "stage": 3, "precision": "fp32", "accumulate": 1, "clip": 1.0, "mesh": "expert 4 data 2", "loss": "mean",
+    "optimizer": "sgd",
+}  # fmt: skip
+
+
+def with_experts():
+    """One in `make test`, all pairs in `make test-all`."""
+    slow = [pytest.param(entry, marks=pytest.mark.slow, id=label(entry)) for entry in pairwise(EXPERTS)]
+    return [pytest.param(QUICK_EXPERTS, id=label(QUICK_EXPERTS)), *slow]
+
+
+@pytest.mark.parametrize("entry", with_experts())
+def test_parity_with_experts(entry):
+    check({"tied": True, "model": "moe", **entry})
 
 
 KINDS = ("ulysses", "ring")
