@@ -3,6 +3,7 @@
 >>> train_step = jzero.shard(train_step, stage=3)  # doctest: +SKIP
 """
 
+from jzero import optim as optim
 from jzero._errors import StageNotAchieved as StageNotAchieved
 from jzero.attention import attention as attention
 from jzero.attention import split_sequence as split_sequence
@@ -13,6 +14,9 @@ from jzero.checkpoint import save as save
 from jzero.comm import over_batch_mean as over_batch_mean
 from jzero.doctor import doctor as doctor
 from jzero.mesh import make_mesh as make_mesh
+from jzero.offload import Offload as Offload
+from jzero.offload import offload_states as offload_states
+from jzero.offload import reload_states as reload_states
 from jzero.pipeline import schedules as schedules
 from jzero.pipeline.model import Pipeline as Pipeline
 from jzero.plan import plan as plan

@@ -243,3 +243,41 @@ def _client() -> Any:
 
     assert distributed.global_state.client is not None, "several processes without jax.distributed"
     return distributed.global_state.client
+
+
+def inlined(jaxpr: Any) -> Any:
+    """The same program with calls of `jit` written out."""
+    opened, consts = open_jaxpr(jaxpr)
+    avals = [var.aval for var in opened.invars]
+    return jax.make_jaxpr(lambda *args: _evaluate_inlined(opened, consts, args))(*avals)
+
+
+def _evaluate_inlined(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
+    for eqn in jaxpr.eqns:
+        inputs = [read(atom) for atom in eqn.invars]
+        if eqn.primitive.name in ("jit", "pjit", "closed_call"):
+            inner, inner_consts = open_jaxpr(eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"])
+            outputs = _evaluate_inlined(inner, inner_consts, inputs)
+        else:
+            with provenance(eqn):
+                outputs = bind(eqn, inputs)
+        values |= zip(eqn.outvars, outputs, strict=True)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def cut(jaxpr: Any, values: Sequence[Any], *, given: bool) -> Any:
+    """A program without constants, changed at some of its values: they are further inputs (`given`), or further outputs."""
+    opened, consts = open_jaxpr(jaxpr)
+    assert not consts
+    chosen = set(values) if given else set()
+    kept = [eqn for eqn in opened.eqns if not chosen & set(eqn.outvars)]
+    ins, outs = [*opened.invars, *(values if given else ())], [*opened.outvars, *(() if given else values)]
+    return core.Jaxpr((), ins, outs, kept, opened.effects, opened.debug_info.with_unknown_names())
+
+
+def without_constants(jaxpr: Any) -> tuple[Any, list[Any]]:
+    """The program with its constants as leading inputs, and those constants."""
+    opened, consts = open_jaxpr(jaxpr)
+    return (partial_eval.convert_constvars_jaxpr(opened) if consts else opened), list(consts)

@@ -19,6 +19,12 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # weights' matmuls, not attention scores
 }
 
+# What "dots" saves, saved in host memory instead of the device's.
+OFFLOADING: dict[str, Callable[..., Any]] = {
+    "offload_dots": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+}
+BY_NAME = "offload:"  # "offload:hidden,attention": what jax.ad_checkpoint.checkpoint_name gave one of these names
+
 
 class _Request:
     """What the step being traced asks of the layers in it, and whether one of them answered."""
@@ -34,10 +40,31 @@ def get(remat: Any) -> Any:
     """`None`, a policy name or a jax policy, checked; names become policies, `"none"` stays itself."""
     if remat is None or remat == "none" or (callable(remat) and not isinstance(remat, str)):
         return remat
-    if remat not in POLICIES:
+    if is_offloading(remat) and remat not in OFFLOADING:
+        return offloading_names(remat.removeprefix(BY_NAME))
+    known = {**POLICIES, **OFFLOADING}
+    if remat not in known:
         found, fix = [f"remat={remat!r}"], "Pass a name or one of jax.checkpoint_policies."
-        raise ValueError(explain("jzero.shard", "unknown remat policy", found=found, context=suggest(remat, POLICIES), fix=fix))
-    return POLICIES[remat]
+        raise ValueError(explain("jzero.shard", "unknown remat policy", found=found, context=suggest(remat, known), fix=fix))
+    return known[remat]
+
+
+def is_offloading(remat: Any) -> bool:
+    """Whether a policy's name asks for saving to host memory."""
+    return isinstance(remat, str) and (remat in OFFLOADING or remat.startswith(BY_NAME))
+
+
+def offloading_names(names: str) -> Callable[..., Any]:
+    """A policy that saves only what has one of these names (`jax.ad_checkpoint.checkpoint_name`), in host memory."""
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    if not chosen:
+        fix = 'Write remat="offload:hidden" where the layer has checkpoint_name(x, "hidden").'
+        raise ValueError(
+            explain("jzero.shard", "remat= names nothing to offload", found=[f"remat={BY_NAME + names!r}"], fix=fix)
+        )
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=chosen, offload_src="device", offload_dst="pinned_host"
+    )
 
 
 def wrap_layer(fn: Callable[..., Any], *, scanned: bool = True) -> Callable[..., Any]:

@@ -37,6 +37,7 @@ class Report:
     donated: Mapping[str, int] = field(default_factory=dict)  # {"leaves": given back in place, "of": all}
     num_compiled: int = 1  # programs that this step has compiled: one for each state structure and batch shape
     leaves: Sequence[Mapping[str, Any]] = ()  # path, dtype, shape, role, spec, bytes_per_device, why
+    offload: Mapping[str, Any] = field(default_factory=dict)  # at_rest, buckets, ...: docs/offload.md
     findings: Sequence[str] = ()
     programs: Mapping[str, Any] = field(default_factory=dict)  # anything else worth keeping, as JSON
 
@@ -57,6 +58,7 @@ class Report:
                 render(_figures(("axis", "collective"), wires)),
                 f"Temporaries {human(self.temp_bytes)}, peak {human(self.peak_bytes)}{self._in_use()}",
                 self._compiled(),
+                *([self._offloaded()] if self.offload else []),
                 *(["\nLargest temporaries at the peak", self.buffer_table(5).rstrip()] if self.peak_buffers else []),
                 *(["\nKernels", self.kernel_table().rstrip()] if self.kernels else []),
                 "\nFindings" if self.findings else "\nNo findings",
@@ -72,6 +74,13 @@ class Report:
     def _compiled(self) -> str:
         donated = f"{self.donated['leaves']} of {self.donated['of']} state leaves reused in place; " if self.donated else ""
         return f"{donated}{self.num_compiled} program{'s' * (self.num_compiled != 1)} compiled"
+
+    def _offloaded(self) -> str:
+        at_rest = ", ".join(f"{memory} {human(size)}" for memory, size in self.offload["at_rest"].items())
+        buckets = self.offload["buckets"]
+        largest = human(max((bucket["moved_bytes"] for bucket in buckets), default=0))
+        moved = human(self.offload["moved_bytes"])
+        return f"State at rest: {at_rest}; updated in {len(buckets)} buckets of up to {largest}, {moved} a step each way"
 
     def buffer_table(self, most: int = 10) -> str:
         """The largest temporaries alive when most are, and the line of code that made each."""

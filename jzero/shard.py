@@ -11,11 +11,12 @@ import jax
 from jzero import mesh as meshes
 from jzero._errors import columns, explain
 from jzero._tree import named_leaves, short
-from jzero.engine import achieved, asked, compiler, leaves, programs, reporting
+from jzero.engine import achieved, asked, compiler, leaves, offloaded, programs, reporting, resting, streaming
 from jzero.engine.asked import WHO
 from jzero.engine.layout import Layout, Options, layout
 from jzero.engine.programs import Program
 from jzero.engine.statics import Statics, split_statics
+from jzero.offload.nvme.array import DiskArray
 from jzero.report import Report
 from jzero.step import TrainState, TrainStep
 
@@ -30,6 +31,7 @@ class ShardedStep:
         self._options = options
         self._programs: dict[Any, Program] = {}
         self._evaluations: dict[Any, Callable[..., Any]] = {}
+        self._plans: dict[Layout, offloaded.Update] = {}
         self._recent: dict[Any, Program] = {}  # by batch alone: the fast way in
         self.known: tuple[Layout, Statics] | None = None  # the last state seen: what a checkpoint is restored as
         STEPS.add(self)
@@ -84,7 +86,11 @@ class ShardedStep:
         found: list[Statics] = []
         traced = [args[index] for index in dynamic]
         placed = self._layout(jax.eval_shape(make, traced))
-        state = jax.jit(make, out_shardings=placed.tree, compiler_options=compiler.options(self._options.mesh))(traced)
+        if self._options.moves_state:
+            self._check_offload(placed)
+            state = resting.init(make, traced, placed, self._options)
+        else:
+            state = jax.jit(make, out_shardings=placed.tree, compiler_options=compiler.options(self._options.mesh))(traced)
         self.known = placed, found[0]
         return found[0].merge(state)
 
@@ -99,9 +105,12 @@ class ShardedStep:
             fix = "Shard a step of jzero.make_train_step, or write an evaluation step of your own and shard that."
             raise TypeError(explain(WHO, "only a TrainStep knows its loss", found=[f"got {self.fn!r}"], fix=fix))
         arrays, statics = split_statics(state)
+        placed = self._layout(arrays)
+        if self._options.moves_state:  # wherever the optimizer's state is: a loss does not want it
+            placed, arrays = placed.without_opt_state(), arrays._replace(opt_state=None)
         key = (*leaves.signature(arrays), statics, *leaves.signature(batch))
         if key not in self._evaluations:
-            self._evaluations[key] = programs.evaluation(self.fn, self._options, self._layout(arrays), statics, batch)
+            self._evaluations[key] = programs.evaluation(self.fn, self._options, placed, statics, batch)
         return self._evaluations[key](arrays, *batch)
 
     def place(self, state: Any) -> Any:
@@ -110,7 +119,8 @@ class ShardedStep:
         arrays = jax.tree.map(lambda leaf: leaf if leaves.is_strong(leaf) else leaves.strong(leaf), arrays)
         placed = self._layout(arrays)
         self.known = placed, statics
-        copies = [leaves.copy(leaf, sharding) for leaf, sharding in zip(jax.tree.leaves(arrays), placed.shardings, strict=True)]
+        self._check_offload(placed)
+        copies = resting.placed(jax.tree.leaves(arrays), placed, self._options.tiers)
         return statics.merge(jax.tree.unflatten(placed.treedef, copies))
 
     def shardings(self, state: Any) -> Any:
@@ -127,12 +137,13 @@ class ShardedStep:
     def report(self, state: Any, *batch: Any) -> Report:
         """What the compiled step needs and moves, measured beside the stage's formula. Compiles if it must; runs nothing."""
         program = self._program(state, *batch)
-        return reporting.report(self._measured(program), achieved.lines(program.faults), batch, len(self._programs))
+        found = reporting.report(self._measured(program), achieved.lines(program.faults), batch, len(self._programs))
+        return streaming.report(program, found) if isinstance(program, streaming.StreamedProgram) else found
 
     def _measured(self, program: Program) -> achieved.Subject:
         if program.subject is None:
             fn = programs.with_statics(self.fn, self._options, program.statics) if isinstance(self.fn, TrainStep) else self.fn
-            program.subject = reporting.subject(fn, program.layout, self._options, program.trace, program.compiled)
+            program.subject = reporting.subject(fn, program.own_layout, self._options, program.trace, program.compiled)
         return program.subject
 
     def _check(self, program: Program) -> list[achieved.Fault]:
@@ -157,14 +168,32 @@ class ShardedStep:
         placed = self._programs[key].layout if key in self._programs else self._layout(arrays)
         _check_placed(arrays, placed, self._options)
         if key not in self._programs:
-            lowered, trace = programs.lower(self.fn, self._options, placed, statics, batch)
-            program = Program(placed, statics, lowered, trace)
+            program = self._new(placed, statics, batch)
             program.faults = self._check(program)
             self._programs[key] = program
         program = self._programs[key]
         self.known = placed, statics
         self._recent[leaves.signature(batch)] = program
         return program
+
+    def _new(self, placed: Layout, statics: Statics, batch: tuple[Any, ...]) -> Program:
+        if self._options.moves_state:
+            assert isinstance(self.fn, TrainStep)
+            return streaming.StreamedProgram(self.fn, self._plan(placed), self._options, placed, statics, batch)
+        return Program(placed, statics, *programs.lower(self.fn, self._options, placed, statics, batch))
+
+    def _plan(self, placed: Layout) -> offloaded.Update:
+        """How the update is cut, for one layout."""
+        if placed not in self._plans:
+            assert isinstance(self.fn, TrainStep)
+            self._plans[placed] = offloaded.prepare(self.fn, placed, self._options)
+        return self._plans[placed]
+
+    def _check_offload(self, placed: Layout) -> None:
+        """What cannot rest where it should, or not be updated there, is refused before anything is made."""
+        if self._options.moves_state:
+            resting.check(placed, self._options.tiers)
+            self._plan(placed)
 
     def unsharded(self, statics: Statics) -> Callable[..., Any]:
         """The same step as one device runs it, on a state without its static leaves."""
@@ -174,7 +203,13 @@ class ShardedStep:
 def _check_placed(arrays: Any, placed: Layout, options: Options) -> None:
     """Every leaf that is committed to devices stands where the step wants it."""
     rows = []
-    for (path, leaf), sharding in zip(named_leaves(arrays), placed.shardings, strict=True):
+    for (path, leaf), sharding, where in zip(named_leaves(arrays), placed.shardings, placed.places, strict=True):
+        in_files = where is not None and options.tiers[where].can_fail
+        if in_files or isinstance(leaf, DiskArray):
+            if not (in_files and options.tiers[where].is_here(leaf, sharding)):
+                expected = options.tiers[where].name if in_files else "on the device"
+                rows.append([path, short(leaf), _place_of(leaf), f"expected {expected}"])
+            continue
         committed = isinstance(leaf, jax.Array) and getattr(leaf, "committed", False)
         if committed and not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
             rows.append([path, short(leaf), achieved.place(leaf.sharding), f"expected {achieved.place(sharding)}"])
@@ -183,6 +218,10 @@ def _check_placed(arrays: Any, placed: Layout, options: Options) -> None:
         context = f"mesh {meshes.describe(options.mesh)}; stage {options.stage.number}"
         fix = "state = step.place(state), or make it with step.init(make_state, ...)."
         raise ValueError(explain(WHO, problem, found=columns(rows[:20]), context=context, fix=fix))
+
+
+def _place_of(leaf: Any) -> str:
+    return f"in {leaf.swap.folder}" if isinstance(leaf, DiskArray) else "on the device"
 
 
 def shard(
@@ -214,7 +253,9 @@ def shard(
         `expert` is a second one to shard over, but for leaves that a rule gives it a dim of.
       params: state -> the subtree that is the parameters, where it cannot be found.
       rules: ordered `(regex, PartitionSpec)` or `callable(path, leaf) -> PartitionSpec | None`; the first match wins.
-      remat: "none", "full", "dots" or a jax policy, for each layer of jzero's models, or else for the loss as a whole.
+      remat: "none", "full", "dots" or a jax policy, for each layer of jzero's models, or else for the loss as a whole;
+        "offload_dots" and "offload:NAME,..." save in host memory.
+      offload: a `jzero.Offload`: what rests off the device between its uses (docs/offload.md). For a `TrainStep`.
       schedule: of a `jzero.Pipeline` on a mesh with an axis `pipe`: a name ("1f1b", the default, "gpipe", "interleaved",
         "zb_h1", "breadth_first") or a `jzero.schedules.Schedule`. `accumulate` is its number of microbatches.
       min_shard_elements: smaller leaves stay replicated.
@@ -227,7 +268,7 @@ def shard(
 
     Raises:
       ValueError, TypeError: bad arguments, a batch that does not divide, roles that cannot be decided, a state elsewhere.
-      NotImplementedError: `offload=`, until it exists.
+      NotImplementedError: `offload=` of a step that makes its own update.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

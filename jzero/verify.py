@@ -84,6 +84,8 @@ def _compare(actual: Any, expected: Any, rtol: float | None) -> list[Row]:
 
 
 def _limit(leaf: Any) -> float:
+    if leaf.dtype == jnp.uint8 and leaf.ndim:
+        return 1e-2  # codes of 8-bit moments: where sums differ in the last bit, one may round the other way
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
     return 0.0 if not floating else 2e-2 if leaf.dtype.itemsize < 4 else 1e-5
 

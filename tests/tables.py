@@ -4,6 +4,8 @@ import jax
 import optax
 from optax import contrib
 
+from jzero import optim
+
 LEARNING_RATE = 1e-3
 DECAYING = optax.warmup_cosine_decay_schedule(1e-5, LEARNING_RATE, warmup_steps=2, decay_steps=20)
 
@@ -37,6 +39,8 @@ OPTIMIZERS = {
     "sgd_schedule": lambda: optax.sgd(DECAYING),
     "apply_if_finite": lambda: optax.apply_if_finite(adamw(), max_consecutive_errors=3),
     "ema": lambda: optax.chain(adamw(), optax.ema(0.9)),
+    "moments_8bit": lambda: optim.moments_8bit(adamw(), min_elements=16),
+    "moments_bf16": lambda: optim.moments_bf16(adamw()),
 }
 
 # name -> how many leaves of its state mirror one matrix, and one vector
@@ -57,4 +61,6 @@ NUM_MIRRORS = {
     "sgd_schedule": (0, 0),
     "apply_if_finite": (2, 2),
     "ema": (3, 3),
+    "moments_8bit": (2, 2),
+    "moments_bf16": (2, 2),
 }

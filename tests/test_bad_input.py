@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jzero
 
 TX = optax.sgd(0.1, momentum=0.9)
-STEP, MAKE, MESH = "jzero.shard", "jzero.make_train_step", "jzero.make_mesh"
+STEP, MAKE, MESH, OFFLOAD = "jzero.shard", "jzero.make_train_step", "jzero.make_mesh", "jzero.Offload"
+HOST = jzero.Offload(opt_state="host")
 FLOATS, ROWS = (64, 32), (16, 64)
 
 
@@ -82,6 +83,13 @@ def trains(fn=loss, *, batch=None, stage=3, **options):
     own = jzero.make_train_step(fn, TX, **options)
     step, state, batch = jzero.shard(own, stage=stage), own.init(params()), jnp.ones(ROWS) if batch is None else batch
     return lambda: step(state, batch)
+
+
+def offloads(tx):
+    """A state placed by a step that keeps its optimizer's arrays in host memory."""
+    own = jzero.make_train_step(loss, tx)
+    step, state = jzero.shard(own, stage=3, offload=HOST), own.init(params())
+    return lambda: step.place(state)
 
 
 def on_one_device(**options):
@@ -309,7 +317,62 @@ TABLE: dict[str, Callable[[], Bad]] = {
     "remat of a step": lambda: Bad(
         shard(remat="dots"), ValueError, "remat= would have no effect", ("remat='dots' with a step",), "jax.checkpoint"
     ),
-    "offload": lambda: Bad(shard(offload="host"), NotImplementedError, "no offload", ("offload='host'",), "Leave it out"),
+    # offload
+    "offload by name": lambda: Bad(
+        shard(offload="host"), TypeError, "offload= is a jzero.Offload", ("offload='host'",), 'jzero.Offload(opt_state="host")'
+    ),
+    "offload of a step that makes its own update": lambda: Bad(
+        shard(offload=HOST), NotImplementedError, "only a TrainStep's state", ("Offload(opt_state='host')",), "make_train_step"
+    ),
+    "offload of nothing": lambda: Bad(
+        jzero.Offload, ValueError, "nothing is offloaded", ("are None",), 'Offload(opt_state="host")', who=OFFLOAD
+    ),
+    "offload to nowhere": lambda: Bad(
+        lambda: jzero.Offload(opt_state="hots"), ValueError, "opt_state= names no place", ("opt_state='hots'",), "nvme:/data",
+        "Did you mean 'host'?", who=OFFLOAD,
+    ),
+    "offload to a number": lambda: Bad(
+        lambda: jzero.Offload(params=1), TypeError, "params= is a place's name", ("params=1",), '"host"', who=OFFLOAD
+    ),
+    "offload to no folder": lambda: Bad(
+        lambda: jzero.Offload(opt_state="nvme:"), ValueError, "names no folder", ("'nvme:'",), "nvme:/data/swap", who=OFFLOAD
+    ),
+    "activations on a disk": lambda: Bad(
+        lambda: jzero.Offload(activations="nvme:/x"), ValueError, "host memory alone", ("activations='nvme:/x'",),
+        'activations="host"', who=OFFLOAD,
+    ),
+    **{
+        f"fraction {fraction}": lambda fraction=fraction: Bad(
+            lambda: jzero.Offload(opt_state="host", fraction=fraction), ValueError, "above 0 and at most 1",
+            (f"fraction={fraction}",), "keeps a fifth", who=OFFLOAD,
+        )
+        for fraction in (0, -0.1, 1.1, float("nan"), True)
+    },
+    "bucket of nothing": lambda: Bad(
+        lambda: jzero.Offload(opt_state="host", bucket_bytes=0), ValueError, "positive whole number", ("bucket_bytes=0",),
+        "256 * 2**20", who=OFFLOAD,
+    ),
+    "fraction without effect": lambda: Bad(
+        lambda: jzero.Offload(activations="host", fraction=0.5), ValueError, "no effect", ("fraction=0.5",), "params=",
+        who=OFFLOAD,
+    ),
+    "activations under a policy that saves nothing": lambda: Bad(
+        shard(jzero.make_train_step(loss, TX), remat="full", offload=jzero.Offload(activations="host")), ValueError,
+        "activations= would have no effect", ("remat='full'",), "remat='dots'", "remat policy's choice",
+    ),
+    "offload of activations without a name": lambda: Bad(
+        shard(jzero.make_train_step(loss, TX), remat="offload:"), ValueError, "names nothing to offload", ("'offload:'",),
+        "offload:hidden",
+    ),
+    "offload of an optimizer without arrays": lambda: Bad(
+        offloads(optax.sgd(0.1)), ValueError, "opt_state= would have no effect",
+        ("no arrays of this role",), "Leave opt_state= out", who=OFFLOAD,
+    ),
+    "offload of an update that looks at all leaves": lambda: Bad(
+        offloads(optax.chain(TX, optax.clip_by_global_norm(1.0))), ValueError,
+        "not leaf by leaf", ("2 parameters (params/b, params/w) meet",), "clip gradients, not updates", "each bucket",
+        who=OFFLOAD,
+    ),
     "schedule": lambda: Bad(
         shard(schedule="1f1b"), TypeError, "a schedule is for a step of a jzero.Pipeline", ("schedule='1f1b'",), "jzero.make"
     ),

@@ -36,7 +36,8 @@ jax.block_until_ready(arrays(state))
 assert not compiled, f"a step that had run before compiled again: {compiled}"
 assert [leaf.sharding for leaf in arrays(state)] == shardings, "the step moved its state"
 assert all(leaf.is_deleted() for leaf in arrays(old)), "the old state was not donated"
-assert buffers(state) <= before, "the new state lies in new memory"
+on_device = [leaf for leaf in arrays(state) if leaf.sharding.memory_kind == "device"]  # what moves is put where there is room
+assert buffers(on_device) <= before, "the new state lies in new memory"
 
 jax.jit(lambda x: x + 1)(1.0)
 assert compiled, "the listener hears nothing, so it proved nothing"

@@ -390,6 +390,21 @@ def test_doctor_names_the_extra():
     assert "jzero[compile]" in lines[0]
 
 
+@pytest.mark.slow
+@pytest.mark.compile
+def test_a_plan_counts_what_rests_off_the_device():
+    train_step = jzero.make_train_step(lambda w, x: jnp.mean((x @ w["a"]) ** 2), optax.adamw(1e-3))
+    state = jax.eval_shape(lambda: train_step.init({"a": jnp.zeros((512, 512))}))
+    batch = jax.ShapeDtypeStruct((16, 512), jnp.float32)
+    plain = jzero.shard(train_step, stage=3)
+    step = jzero.shard(train_step, stage=3, offload=jzero.Offload(opt_state="host", activations="host"))
+    found = {name: jzero.plan(one, state, batch, target="v5e:2x2") for name, one in (("plain", plain), ("offload", step))}
+    moved = 8 * 512 * 512 // 4
+    at_rest = {name: plan.compiled["at_rest"]["opt_state"] for name, plan in found.items()}
+    assert at_rest["plain"] - at_rest["offload"] == moved == found["offload"].compiled["offload"]["moved_bytes"]
+    assert any("524 kB rest in pinned_host" in line for line in found["offload"].compiled["findings"])
+
+
 def test_tensor_splits_what_the_rules_split():
     whole, piece = (make("llama-8b", "h100:2x8", seq=2048, batch=16, mesh=mesh) for mesh in ({}, {"data": 2, "tensor": 8}))
     rest = [closed.memory(job).at_rest["params"] for job in (whole, piece)]

@@ -17,6 +17,7 @@ import xxhash
 from etils import epath
 
 from jzero._errors import columns, explain
+from jzero.checkpoint import from_disk
 from jzero.checkpoint.naming import WHO
 
 FILE = "checksums.json"
@@ -34,7 +35,8 @@ class Handler(ocp.PyTreeCheckpointHandler):
     """Orbax's handler, which also lists checksums when all files are there and the folder is not yet visible."""
 
     def __init__(self) -> None:
-        super().__init__(use_compression=False)  # weights do not shrink; compressing them is slower than the disk
+        # Weights do not shrink; compressing them is slower than the disk.
+        super().__init__(use_compression=False, type_handler_registry=from_disk.registry())
 
     def finalize(self, directory: epath.Path) -> None:
         """Called by Orbax on one process, after every process has written."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from jzero._errors import explain
 from jzero._tree import is_key, leaves_with_path, path_parts
+from jzero.offload.nvme.array import DiskArray
 
 Name = tuple[str, ...]
 WHO = "jzero.checkpoint"
@@ -64,7 +65,7 @@ def to_disk(leaf: Any) -> Any:
     """An array as it is stored: a typed PRNG key as its uint32 words, a Python scalar as an array of jax's dtype for it."""
     if is_key(leaf):
         return jax.random.key_data(leaf)
-    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, jax.dtypes.result_type(leaf))
+    return leaf if isinstance(leaf, jax.Array | DiskArray) else np.asarray(leaf, jax.dtypes.result_type(leaf))
 
 
 def stored_shape(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -72,7 +73,7 @@ def stored_shape(leaf: Any) -> jax.ShapeDtypeStruct:
     if is_key(leaf):
         words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
         return jax.ShapeDtypeStruct(words.shape, words.dtype)
-    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
+    return jax.ShapeDtypeStruct(jax.numpy.shape(leaf), jax.dtypes.result_type(leaf))
 
 
 def key_impl(leaf: Any) -> str | None:

@@ -1,14 +1,17 @@
 """One state in one folder: `jzero.save` and `jzero.restore`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from jzero._errors import explain
 from jzero.checkpoint import checksums, folder, loss_scale, reading, template, weights, writing
 from jzero.checkpoint.changes import NONE, Changes
 from jzero.checkpoint.naming import WHO
+from jzero.engine import resting
+from jzero.engine.layout import Layout
 from jzero.shard import ShardedStep
 
 
@@ -75,7 +78,29 @@ def load(
     layout, statics = template.of(step, found, into=into, changes=changes)
     if weights_only:
         return weights.load(found, step, layout, statics, cast=cast, into=into, changes=changes)
-    read = reading.read(found, layout, cast=cast, changes=changes)
+    settle = None if changes.partial else _settle(step, layout)
+    read = reading.read(found, layout, cast=cast, changes=changes, settle=settle)
     if into is None:
         weights.check_known(read, step)
-    return loss_scale.begin_anew(weights.fill(read, layout, statics, into), step, found)
+    state = weights.fill(read, layout, statics, into)
+    if changes.partial and any(step.options.tiers):
+        state = step.place(state)  # leaves of two origins come to rest together
+    return loss_scale.begin_anew(state, step, found)
+
+
+def _settle(step: ShardedStep, layout: Layout) -> Callable[[int, jax.Array], Any] | None:
+    """How a leaf that was read comes to rest where the step keeps it, if that is in files."""
+    tiers = {place: tier for place, tier in step.options.tiers.items() if tier.can_fail}
+    if not tiers:
+        return None
+    resting.check(layout, tiers)
+
+    def settle(index: int, array: jax.Array) -> Any:
+        place = layout.places[index]
+        if place is None or place not in tiers:
+            return array
+        (placed,) = tiers[place].place([layout.placements[index].leaf.path], [array], [layout.on_device[index]])
+        array.delete()
+        return placed
+
+    return settle

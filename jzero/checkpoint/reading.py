@@ -1,7 +1,7 @@
 """Arrays from disk onto a mesh: compared by name first, then each device reads its own pieces."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,13 +36,13 @@ class _Wanted(NamedTuple):
 
 def read(
     found: folder.Found, layout: Layout, *, only: frozenset[str] | None = None, cast: bool = False,
-    changes: Changes = changing.NONE,
+    changes: Changes = changing.NONE, settle: Callable[[int, jax.Array], Any] | None = None,
 ) -> Read:  # fmt: skip
     """The leaves of `layout` on its shardings; with `only`, those of these roles.
 
     No device ever holds more of the state than its own pieces, and a few of them twice for a moment: those that are read at
     once, or one stacked leaf whose layers are unrolled. Reads `sum(leaf bytes / pieces)` per device; nothing travels
-    between devices.
+    between devices. `settle(index, array)` is given each leaf as soon as it is read, and returns what stands for it.
 
     Raises:
       ValueError: leaves missing, extra, or of another shape or dtype; `CorruptCheckpoint` where reading fails.
@@ -55,31 +55,42 @@ def read(
     sources = changing.sources(shapes, there, restack=changes.restack)
     avals = {name: one.aval for name, one in wanted.items()}
     mismatch.check(avals, there, sources, found, changes=changes, cast=cast, whole=only is None)
-    try:
-        arrays = _arrays(found.arrays, wanted, sources)
-    except Exception as error:  # names, shapes and dtypes agreed, so what fails now are the files
-        met = [f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"]
-        raise checksums.CorruptCheckpoint(checksums.damaged(found.arrays, "the arrays cannot be read", met)) from error
+    index_of = {name: index for index, name in enumerate(names)}
+    arrays = {
+        name: array if settle is None else settle(index_of[name], array)
+        for name, array in _guarded(_arrays(found.arrays, wanted, sources), found)
+    }
     used = {name for source in sources.values() for name in source.names}
     fresh = ["/".join(name) for name in wanted if name not in sources]
     left = [] if only is not None else ["/".join(name) for name, leaf in there.items() if leaf.name not in used]
     return Read([arrays.get(name) for name in names], fresh, left)
 
 
-def _arrays(arrays: epath.Path, wanted: Mapping[Name, _Wanted], sources: Mapping[Name, Source]) -> dict[Name, Any]:
+def _guarded(arrays: Iterator[tuple[Name, Any]], found: folder.Found) -> Iterator[tuple[Name, Any]]:
+    """Names, shapes and dtypes agreed, so what fails now are the files."""
+    try:
+        yield from arrays
+    except Exception as error:
+        met = [f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"]
+        raise checksums.CorruptCheckpoint(checksums.damaged(found.arrays, "the arrays cannot be read", met)) from error
+
+
+def _arrays(
+    arrays: epath.Path, wanted: Mapping[Name, _Wanted], sources: Mapping[Name, Source]
+) -> Iterator[tuple[Name, Any]]:  # fmt: skip
+    """Leaf by leaf, in the order in which they are read."""
     plain = {source.names[0]: name for name, source in sources.items() if source.index is None and len(source.names) == 1}
-    found: dict[Name, Any] = {}
     for names in _portions(list(plain), {name: wanted[plain[name]] for name in plain}):
         asked = {name: wanted[plain[name]] for name in names}
         read = _restore(arrays, {name: (naming.stored_shape(aval), where) for name, (aval, where) in asked.items()})
-        found |= {plain[name]: _own(read.pop(name), *asked[name]) for name in names}
+        for name in names:
+            yield plain[name], _own(read.pop(name), *asked[name])
     for name, source in sources.items():
         if len(source.names) > 1:
-            found[name] = _stack(arrays, source, *wanted[name])
+            yield name, _stack(arrays, source, *wanted[name])
     for stacked in dict.fromkeys(source.names[0] for source in sources.values() if source.index is not None):
         layers = {name: source.index for name, source in sources.items() if source.names == (stacked,)}
-        found |= _unstack(arrays, stacked, {name: index for name, index in layers.items() if index is not None}, wanted)
-    return found
+        yield from _unstack(arrays, stacked, {name: i for name, i in layers.items() if i is not None}, wanted).items()
 
 
 def _portions(names: list[Name], wanted: Mapping[Name, _Wanted]) -> Iterator[list[Name]]:

@@ -71,10 +71,22 @@ class Subject(NamedTuple):
 
 def faults(subject: Subject) -> list[Fault]:
     """Every promise of the stage that the compiled program breaks."""
-    checks = [_rests_elsewhere, _not_donated]
+    checks = [_rests_elsewhere, _not_donated, _saved_on_the_device]
     if subject.options.mesh.size > 1:
         checks += [_gathered_outside_its_use, _kept_whole, _reduced_in_a_loop, _gathered_wide, _shuffled]
     return [fault for check in checks for fault in check(subject)]
+
+
+def _saved_on_the_device(subject: Subject) -> Iterator[Fault]:
+    """Activations that were to be saved in host memory are there, as far as the compiler shows it."""
+    if not subject.options.saves_on_host or not memory.shows_host(subject.options.mesh):
+        return
+    if not memory.bytes_saved_on_host(subject.compiled, subject.measured.module):
+        yield Fault(
+            "nothing is saved in host memory",
+            ("the compiled program has no array in host memory beside its arguments",),
+            "Name what the layers save: checkpoint_name(x, 'hidden') in the layer, and remat='offload:hidden'.",
+        )
 
 
 def error(found: list[Fault], options: Options, who: str) -> StageNotAchieved:
@@ -98,10 +110,9 @@ def lines(found: list[Fault]) -> list[str]:
 def _rests_elsewhere(subject: Subject) -> Iterator[Fault]:
     """What the compiler keeps of the state between steps lies where the stage wants it, leaf by leaf, in and out."""
     layout, compiled = subject.layout, subject.compiled
-    given, returned = compiled.input_shardings[0][0], compiled.output_shardings[0]
-    rows, every = [], zip(
-        layout.placements, layout.avals, layout.shardings, *map(jax.tree.leaves, (given, returned)), strict=True
-    )  # fmt: skip
+    given, returned = map(jax.tree.leaves, (compiled.input_shardings[0][0], compiled.output_shardings[0]))
+    returned = [*given[: subject.trace.kept], *returned]
+    rows, every = [], zip(layout.placements, layout.avals, layout.shardings, given, returned, strict=True)
     for placement, aval, want, *met in every:
         wrong = [where for where in met if not where.is_equivalent_to(want, len(aval.shape))]
         rows += [[placement.leaf.path, short(aval), place(where), f"asked for {place(want)}"] for where in wrong[:1]]
@@ -115,7 +126,7 @@ def _rests_elsewhere(subject: Subject) -> Iterator[Fault]:
 
 def _not_donated(subject: Subject) -> Iterator[Fault]:
     """Every state leaf's memory is given to the new state."""
-    if not subject.options.donate:
+    if not subject.options.donate or subject.trace.kept:
         return
     num_leaves, parameters = len(subject.layout.avals), subject.measured.parameters
     num_batch = len(jax.tree.leaves(subject.compiled.input_shardings[0])) - num_leaves
@@ -285,4 +296,5 @@ def _allowed(subject: Subject) -> float:
 def place(sharding: Any) -> str:
     """A sharding as a message names it."""
     where = f"on mesh {dict(sharding.mesh.shape)}" if hasattr(sharding, "mesh") else f"on {len(sharding.device_set)} device(s)"
-    return f"{getattr(sharding, 'spec', type(sharding).__name__)} {where}"
+    memory = f" in {sharding.memory_kind}" if sharding.memory_kind not in (None, "device") else ""
+    return f"{getattr(sharding, 'spec', type(sharding).__name__)} {where}{memory}"

@@ -10,6 +10,8 @@ from jzero import remat as remats
 from jzero import stages
 from jzero._errors import explain, suggest
 from jzero.engine.layout import Options
+from jzero.offload import Offload, Tier, tier
+from jzero.offload.asked import NVME, Place
 from jzero.pipeline import schedules
 from jzero.pipeline.model import Pipeline
 from jzero.pipeline.schedule import Schedule
@@ -26,7 +28,8 @@ def options(
     """The keyword arguments of `jzero.shard` as one value, or the error that says which is wrong."""
     row = stages.get(stage)
     _check_step(fn)
-    _check_unbuilt(offload)
+    _check_offload(fn, offload, donate)
+    remat = _saving(remat, offload)
     policy = remats.get(remat)
     if policy is not None and not isinstance(fn, TrainStep):
         found = [f"remat={remat!r} with a step that computes its own gradient"]
@@ -51,7 +54,14 @@ def options(
     if table is not None and meshes.axis_size(mesh, "expert") > 1:
         found, fix = [f"mesh {meshes.describe(mesh)}"], "Give the axis `expert`'s devices to `data`, or leave `pipe` out."
         raise NotImplementedError(explain(WHO, "a pipeline has no axis 'expert' in this version", found=found, fix=fix))
-    return Options(row, mesh, params, tuple(rules), policy, min_shard_elements, on_indivisible, donate, strict, table)
+    if table is not None and remats.is_offloading(remat):
+        found = [f"remat={remat!r} on a mesh with {table.num_pipe_stages} pipe stages"]
+        fix = "Offload activations without a pipeline, or save fewer: remat='full' and a schedule such as 1f1b."
+        raise NotImplementedError(explain(WHO, "a pipeline saves no activations in host memory", found=found, fix=fix))
+    return Options(
+        row, mesh, params, tuple(rules), policy, min_shard_elements, on_indivisible, donate, strict, table, offload,
+        _tiers(offload), remats.is_offloading(remat),
+    )  # fmt: skip
 
 
 def _check_step(fn: Any) -> None:
@@ -60,10 +70,40 @@ def _check_step(fn: Any) -> None:
         raise TypeError(explain(WHO, "a step is callable", found=[f"got {type(fn).__name__}"], fix=fix))
 
 
-def _check_unbuilt(offload: Any) -> None:
-    if offload is not None:
-        fix = "Leave it out: nothing would happen."
-        raise NotImplementedError(explain(WHO, "this version has no offload", found=[f"offload={offload!r}"], fix=fix))
+def _check_offload(fn: Any, offload: Any, donate: Any) -> None:
+    if offload is None:
+        return
+    if not isinstance(offload, Offload):
+        found, fix = [f"offload={offload!r}"], 'Write offload=jzero.Offload(opt_state="host").'
+        raise TypeError(explain(WHO, "offload= is a jzero.Offload", found=found, fix=fix))
+    nvme = [name for name in ("opt_state", "params") if (place := offload.place_of(name)) and place.kind == NVME]
+    if "params" in nvme:
+        found, fix = [f"params={offload.params!r}"], f"Write opt_state={offload.params!r} and params='host' or None."
+        raise NotImplementedError(explain(WHO, "parameters cannot rest on NVMe: every step reads them", found=found, fix=fix))
+    if nvme and not donate:
+        found, fix = [f"donate=False with {offload}"], "Leave donate= out; checkpoints keep old states."
+        raise ValueError(explain(WHO, "a step writes over the files that hold the state before the last", found=found, fix=fix))
+    if not isinstance(fn, TrainStep):
+        found = [f"{offload} with a step that makes its own update"]
+        fix = "Let jzero make the update, so that it can be cut: jzero.make_train_step(loss_fn, optimizer)."
+        raise NotImplementedError(explain(WHO, "only a TrainStep's state can be offloaded", found=found, fix=fix))
+
+
+def _saving(remat: Any, offload: Offload | None) -> Any:
+    """The remat policy, or its like that saves in host memory where `activations="host"` asks for it."""
+    if offload is None or offload.activations is None or remats.is_offloading(remat):
+        return remat
+    if remat not in (None, "dots"):
+        found = [f"activations={offload.activations!r} with remat={remat!r}"]
+        context = "what is saved for the backward pass is the remat policy's choice, and so is where"
+        fix = f"Pass remat='dots' or leave it out, or name what is saved: remat='{remats.BY_NAME}hidden'."
+        raise ValueError(explain(WHO, "activations= would have no effect", found=found, context=context, fix=fix))
+    return "offload_dots"
+
+
+def _tiers(offload: Offload | None) -> dict[Place, Tier]:
+    places = [offload.place_of(role) for role in ("opt_state", "params")] if offload is not None else []
+    return {place: tier(place) for place in places if place is not None}
 
 
 def _schedule(fn: Any, mesh: Mesh, schedule: Any) -> Schedule | None:

@@ -118,7 +118,7 @@ class Gradients:
         self.batch_axes = batch_axes(self.mesh)
         self.manual_axes: tuple[str, ...] = self.batch_axes
         self.num_shards = axis_size(self.mesh, self.batch_axes)
-        compute = precisions.cast(state.params, step.policy.compute)
+        compute = precisions.cast(layout.fetched(state).params, step.policy.compute)
         self.leaves, self.treedef = jax.tree.flatten(compute)
         self.mask = parameters.trainable_mask(state.params, step.trainable)
         self.key = step.step_key(state)
@@ -196,9 +196,8 @@ class Gradients:
         sums, leaf_squares, weight, program = self._by_shard() if by_shard else self._globally()
         scale = self.state.loss_scale.scale
         factor = weight.gradient_factor(sums.weight, scale)
-        grads = [grad * factor.astype(grad.dtype) for grad in sums.grads]
         total = weight.total(sums.weight)
-        return self.step.finish(self.state, grads, leaf_squares * factor**2, sums, total, program, self.mask)
+        return self.step.finish(self.state, factor, leaf_squares * factor**2, sums, total, program, self.mask)
 
     def _sums(
         self, leaves: Sequence[jax.Array], batch: Any, model_state: Any, rngs: Any, scale: jax.Array, comm: Comm,

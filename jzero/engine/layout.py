@@ -1,6 +1,7 @@
 """Where a step's state lives: every leaf's role, spec and sharding, decided once from shapes."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,6 +16,10 @@ from jzero._tree import named_leaves, num_elements, short
 from jzero._types import Placement, Role
 from jzero.engine.stage_layers import pipe_dims, stacked_layers
 from jzero.mesh import axis_size, describe
+from jzero.offload import Offload, Tier
+from jzero.offload import places as choosing
+from jzero.offload.asked import HOST, Place
+from jzero.offload.host import KIND
 from jzero.pipeline.schedule import Schedule
 from jzero.rules.batch import check_batch
 from jzero.stages import Stage
@@ -34,6 +39,15 @@ class Options:
     donate: bool = True
     strict: bool = True
     schedule: Schedule | None = None  # of a pipeline of more than one stage
+    offload: Offload | None = None
+    tiers: Mapping[Place, Tier] = field(default_factory=dict)  # of the places that `offload` names
+
+    saves_on_host: bool = False  # whether the remat policy saves activations in host memory
+
+    @property
+    def moves_state(self) -> bool:
+        """Whether a part of the state rests off the device, so that the step is several programs."""
+        return bool(self.tiers)
 
 
 @dataclass(frozen=True)
@@ -44,15 +58,45 @@ class Layout:
     avals: tuple[jax.ShapeDtypeStruct, ...]
     placements: tuple[Placement, ...]
     mesh: Mesh
+    places: tuple[Place | None, ...]  # where each leaf rests; None is the device
 
     @cached_property
     def shardings(self) -> tuple[NamedSharding, ...]:
+        """Where leaves rest; one that is no array there has the sharding of the array that it becomes."""
+        kinds = [KIND if place is not None and place.kind == HOST else None for place in self.places]
+        return tuple(
+            sharding.with_memory_kind(kind) if kind else sharding for sharding, kind in zip(self.on_device, kinds, strict=True)
+        )
+
+    @cached_property
+    def on_device(self) -> tuple[NamedSharding, ...]:
+        """Where leaves are while they are used."""
         return tuple(NamedSharding(self.mesh, placement.spec) for placement in self.placements)
 
     @cached_property
     def tree(self) -> Any:
         """The shardings as a pytree like the state."""
         return jax.tree.unflatten(self.treedef, self.shardings)
+
+    def only(self, chosen: Sequence[int]) -> "Layout":
+        """The layout of a list of some of the leaves."""
+        pick = lambda values: tuple(values[index] for index in chosen)
+        treedef = jax.tree.structure([0] * len(chosen))
+        return Layout(treedef, pick(self.avals), pick(self.placements), self.mesh, pick(self.places))
+
+    def without_opt_state(self) -> "Layout":
+        """The layout of a `TrainState` with None for the optimizer's state."""
+        state = jax.tree.unflatten(self.treedef, range(len(self.avals)))._replace(opt_state=None)
+        return replace(self.only(jax.tree.leaves(state)), treedef=jax.tree.structure(state))
+
+    def fetched(self, state: Any) -> Any:
+        """Inside a program: its leaves that rest in host memory, copied to the device where something reads them."""
+        leaves = jax.tree.leaves(state)
+        moved = [
+            leaf if place is None else jax.device_put(leaf, sharding)
+            for leaf, sharding, place in zip(leaves, self.on_device, self.places, strict=True)
+        ]
+        return jax.tree.unflatten(self.treedef, moved)
 
     def split(self, index: int) -> tuple[Any, ...]:
         """A leaf's spec with one entry per dim."""
@@ -80,6 +124,7 @@ class Trace:
     num_scalars: int = 0  # in the all-reduce that ends the gradient
     pipeline: dict[str, Any] = field(default_factory=dict)  # what a pipeline costs, for the report
     formula: traffic.Table | None = None  # its wire bytes
+    kept: int = 0  # leaves of the state, the first, that the program reads and does not give back
     choices: Any = ()  # of implementations of operations, with reasons (`pallas_kernels.Choice`)
 
 
@@ -103,7 +148,9 @@ def layout(state: Any, options: Options, *, opaque: bool) -> Layout:
         stacked=stacked,
         pipe_dims=None if stacked is None else pipe_dims(avals, stacked, options.mesh.shape["pipe"]),
     )
-    return Layout(treedef, avals, placements, options.mesh)
+    on_device = [NamedSharding(options.mesh, placement.spec) for placement in placements]
+    places = choosing.places(options.offload, [placement.leaf for placement in placements], on_device)
+    return Layout(treedef, avals, placements, options.mesh, places)
 
 
 def batch_shardings(batch: Any, mesh: Mesh, accumulate: int) -> Any:

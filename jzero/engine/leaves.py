@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jzero.offload.nvme.array import DiskArray
+
 
 def signature(tree: Any) -> tuple[Any, ...]:
     """Structure, shapes and dtypes, as a key."""
@@ -28,6 +30,8 @@ def copy(leaf: Any, sharding: Any) -> jax.Array:
 
     `may_alias=False` from one device to a replicated sharding keeps the caller's buffer as one piece (jax 0.11.2).
     """
+    if isinstance(leaf, DiskArray):
+        return jax.device_put(leaf.read(), sharding)
     if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) == 1:
         leaf = jax.device_put(leaf, leaf.sharding, may_alias=False) if sharding.is_fully_replicated else leaf
     return jax.device_put(leaf, sharding, may_alias=False)

@@ -4,6 +4,8 @@ from collections.abc import Container
 from functools import partial
 from typing import Any
 
+import jax
+
 from jzero import hlo
 from jzero._types import ROLES
 
@@ -75,3 +77,15 @@ def kept(found: hlo.Liveness, allowed: Container[int]) -> list[hlo.Buffer]:
         and buffer.elements not in allowed
         and not buffer.shape.startswith(("s", "u", "pred"))  # of integers: tokens, not weights
     ]
+
+
+def shows_host(mesh: jax.sharding.Mesh) -> bool:
+    """Whether compiled programs show what they keep in host memory: not on CPU, nor from the GPU compiler without a device."""
+    platform = mesh.devices.flat[0].platform
+    return platform == "tpu" or (platform != "cpu" and set(mesh.devices.flat) <= set(jax.devices()))
+
+
+def bytes_saved_on_host(compiled: Any, module: hlo.Module) -> int:
+    """Temporaries of a program in host memory; where the compiler does not count them, what it copies there."""
+    counted = int(getattr(compiled.memory_analysis(), "host_temp_size_in_bytes", 0))
+    return counted or sum(one.bytes for one in hlo.host_transfers(module) if one.what == "copy")

@@ -24,6 +24,7 @@ class Program:
 
     def __init__(self, layout: Layout, statics: Statics, lowered: Any, trace: Trace):
         self.layout, self.statics, self.lowered, self.trace = layout, statics, lowered, trace
+        self.own_layout = layout  # of what `compiled` takes
         self.compiled = lowered.compile()
         self.subject: achieved.Subject | None = None  # what the compiler made of it, measured once
         self.faults: list[achieved.Fault] = []  # promises of the stage that it breaks
@@ -47,18 +48,26 @@ class Program:
 
     def _run(self, state: Any, *batch: Any) -> tuple[Any, Any]:
         if not self.statics:
-            return self.compiled(state, *batch)
+            return self.call(state, *batch)
         arrays, statics = split_statics(state)
         if statics != self.statics:
             raise TypeError("static leaves changed")
-        arrays, aux = self.compiled(arrays, *batch)
+        arrays, aux = self.call(arrays, *batch)
         return statics.merge(arrays), aux
+
+    def call(self, state: Any, *batch: Any) -> tuple[Any, Any]:
+        """The step on arrays alone."""
+        return self.compiled(state, *batch)
 
 
 def lower(
-    fn: Callable[..., Any], options: Options, placed: Layout, statics: Statics, batch: tuple[Any, ...]
-) -> tuple[jax.stages.Lowered, Trace]:
-    """The step by the engine that is its own, lowered for one layout and batch shape."""
+    fn: Callable[..., Any], options: Options, placed: Layout, statics: Statics, batch: tuple[Any, ...], *,
+    keeps_params: bool = False,
+) -> tuple[jax.stages.Lowered, Trace]:  # fmt: skip
+    """The step by the engine that is its own, lowered for one layout and batch shape.
+
+    `keeps_params`: the state that comes in stays valid, and the one that goes out has no parameters (a gradient program).
+    """
     traces: list[Trace] = []
     if options.schedule is not None:
         assert isinstance(fn, TrainStep)
@@ -72,11 +81,13 @@ def lower(
 
     def step(state: Any, *batch: Any) -> tuple[Any, Any]:
         state, aux = inner(state, *batch)
+        state = state._replace(params=None) if keeps_params else state
         return jax.tree.map(leaves.strong, state), aux
 
-    donate = (0,) if options.donate else ()
+    donate = (0,) if options.donate and not keeps_params else ()
+    tree = placed.tree._replace(params=None) if keeps_params else placed.tree
     jitted = jax.jit(
-        step, in_shardings=in_shardings, out_shardings=(placed.tree, None), donate_argnums=donate,
+        step, in_shardings=in_shardings, out_shardings=(tree, None), donate_argnums=donate,
         keep_unused=True,  # a state leaf that the step ignores is still state: placed, donated and reported
         compiler_options=compiler.options(options.mesh),
     )  # fmt: skip
@@ -84,6 +95,7 @@ def lower(
     with pallas_kernels.target(options.mesh.devices.flat[0].device_kind), pallas_kernels.recording() as choices:
         lowered = jitted.lower(abstract, *batch)
     traces[0].choices = tuple(choices)
+    traces[0].kept = len(jax.tree.leaves(placed.tree.params)) if keeps_params else 0
     return lowered, traces[0]
 
 
@@ -94,7 +106,7 @@ def evaluation(fn: TrainStep, options: Options, placed: Layout, statics: Statics
         run = pipelined.build_evaluation(fn, placed, options)
     else:
         stepped = opaque.build(lambda state, *batch: (state, step.evaluate(state, *batch)), placed, options, [])
-        run = lambda state, *batch: stepped(state, *batch)[1]
+        run = lambda state, *batch: stepped(placed.fetched(state), *batch)[1]
     in_shardings = (placed.tree, *batch_shardings(batch, options.mesh, step.accumulate))
     return jax.jit(run, in_shardings=in_shardings, compiler_options=compiler.options(options.mesh))
 

@@ -18,6 +18,8 @@ from jzero.engine import experts, memory, serving
 from jzero.engine.achieved import ASKED_FOR, Subject
 from jzero.engine.layout import Layout, Options, Trace
 from jzero.mesh import axis_size, batch_axes
+from jzero.offload.asked import HOST
+from jzero.offload.host import KIND
 from jzero.report import Report
 from jzero.rules import batch_spec
 from jzero.step import TrainStep
@@ -53,7 +55,7 @@ def report(subject: Subject, faults: Sequence[str], batch: tuple[Any, ...], num_
         kernels=_kernels(trace),
         donated={"leaves": sum(parameter.aliased for parameter in reused), "of": len(layout.avals)},
         num_compiled=num_compiled,
-        leaves=_leaves(layout),
+        leaves=leaf_rows(layout),
         findings=[*faults, *_findings(layout, options, trace, measured)],
         programs={
             "wire_bytes_as_compiled": measured.wire_bytes,
@@ -92,17 +94,20 @@ def _resting(layout: Layout, batch: Any, shardings: list[Any], options: Options)
     table: dict[str, dict[str, int]] = {role: {"measured": 0, "formula": 0} for role in ROLES}
     for placement, aval, sharding in zip(layout.placements, layout.avals, shardings, strict=True):
         row = table[placement.leaf.role]
+        if sharding.memory_kind == KIND:
+            continue
         row["measured"] += audits.shard_bytes(aval, sharding)
-        row["formula"] += num_bytes(aval) // _num_shards(placement.spec, options)
+        row["formula"] += num_bytes(aval) // num_pieces(placement.spec, options)
     for leaf in jax.tree.leaves(batch):
         size = num_bytes(jax.ShapeDtypeStruct(jax.numpy.shape(leaf), jax.dtypes.result_type(leaf)))
-        per_device = size // _num_shards(batch_spec(leaf, options.mesh), options)
+        per_device = size // num_pieces(batch_spec(leaf, options.mesh), options)
         table["batch"]["measured"] += per_device
         table["batch"]["formula"] += per_device
     return table
 
 
-def _num_shards(spec: PartitionSpec, options: Options) -> int:
+def num_pieces(spec: PartitionSpec, options: Options) -> int:
+    """Devices that hold different pieces of a leaf."""
     names = [name for entry in spec if entry is not None for name in ((entry,) if isinstance(entry, str) else entry)]
     return axis_size(options.mesh, names)
 
@@ -173,13 +178,17 @@ def _side_by_side(measured: traffic.Table, formula: traffic.Table) -> dict[str, 
     }
 
 
-def _leaves(layout: Layout) -> list[dict[str, Any]]:
+def leaf_rows(layout: Layout) -> list[dict[str, Any]]:
+    """One row per leaf of a state: what it is and where it rests."""
     return [
         {
             "path": placement.leaf.path, "dtype": aval.dtype.name, "shape": list(aval.shape), "role": placement.leaf.role,
             "spec": str(placement.spec), "bytes_per_device": audits.shard_bytes(aval, sharding), "why": placement.why,
+            "memory": sharding.memory_kind if place is None or place.kind == HOST else str(place),
         }
-        for placement, aval, sharding in zip(layout.placements, layout.avals, layout.shardings, strict=True)
+        for placement, aval, sharding, place in zip(
+            layout.placements, layout.avals, layout.shardings, layout.places, strict=True
+        )
     ]  # fmt: skip
 
 
@@ -206,7 +215,10 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
     found += [
         f"waits for the host: {one.what} of {one.bytes:,} bytes from {one.source or one.op_name or 'the compiler'}"
         for one in hlo.host_transfers(measured.module)[:10]
+        if one.what != "copy" or not (options.saves_on_host or options.offload)  # asked for
     ]
+    if options.saves_on_host and not memory.shows_host(options.mesh):
+        found.append("this compiler does not show memories apart: whether activations are saved in host memory is not checked")
     # Names of JAX's own collectives are what the user, a pipeline or `jzero.attention` asked for.
     strays = [one for one in audits.shuffles(measured) if not any(name in one.op_name for name in ASKED_FOR)]
     found += [f"nobody asked for: {audits.describe(one, options.mesh)}" for one in strays[:10]]

@@ -15,7 +15,7 @@ from jzero.pipeline import schedules
 from jzero.plan import refused
 from jzero.plan.result import Plan
 from jzero.plan.room import usable_bytes
-from jzero.report import Report
+from jzero.report import Report, human
 from jzero.shard import ShardedStep, shard
 from jzero.topology import memory_bytes, topology
 
@@ -81,9 +81,17 @@ def _on_mesh(step: Any, mesh: jax.sharding.Mesh, stage: int | None) -> ShardedSt
     kept = step.options
     return shard(
         step.fn, stage=kept.stage.number if stage is None else stage, mesh=mesh, params=kept.params, rules=kept.rules,
-        remat=kept.remat, min_shard_elements=kept.min_shard_elements, on_indivisible=kept.on_indivisible, donate=kept.donate,
-        strict=False, schedule=schedules.for_stages(kept.schedule, axis_size(mesh, "pipe")),
+        remat=kept.remat, offload=_of_state(kept.offload), min_shard_elements=kept.min_shard_elements,
+        on_indivisible=kept.on_indivisible, donate=kept.donate, strict=False,
+        schedule=schedules.for_stages(kept.schedule, axis_size(mesh, "pipe")),
     )  # fmt: skip
+
+
+def _of_state(offload: Any) -> Any:
+    """What rests off the device; that activations do is in the remat policy already."""
+    if offload is None or (offload.opt_state is None and offload.params is None):
+        return None
+    return replace(offload, activations=None)
 
 
 def _plan_one(step: ShardedStep, state: Any, batch: tuple[Any, ...], target: str) -> Plan:
@@ -145,9 +153,18 @@ def figures(report: Report) -> dict[str, Any]:
         for axis, kinds in found["wire_bytes"].items()
     }
     peak = sum(at_rest.values()) + found["temp_bytes"]  # the compilers' own peak leaves out different things on each back end
+    offload = {"offload": found["offload"]} if found["offload"] else {}
     return {
-        "at_rest": at_rest, "wire": wire, "temp_bytes": found["temp_bytes"], "peak_bytes": peak, "findings": found["findings"]
+        "at_rest": at_rest, "wire": wire, "temp_bytes": found["temp_bytes"], "peak_bytes": peak,
+        "findings": [*_off_the_device(found["offload"]), *found["findings"]], **offload,
     }  # fmt: skip
+
+
+def _off_the_device(offload: dict[str, Any]) -> list[str]:
+    """What each device has elsewhere, and moves."""
+    places = {memory: size for memory, size in offload.get("at_rest", {}).items() if memory != "device"}
+    rests = " and ".join(f"{human(size)} rest in {memory}" for memory, size in places.items())
+    return [f"offload: {rests}, for each device; {human(offload['moved_bytes'])} move each way in a step"] if places else []
 
 
 def abstract(tree: Any) -> Any:

@@ -62,6 +62,7 @@ class Owners:
             candidates = self._by_relative.get(entry.parts[cut:])
             if candidates:
                 nearest = max(candidates, key=lambda index: _shared(self._found[index].parts, entry.parts))
-                same = entry.shape == self._found[nearest].shape and entry.is_weight_like
+                is_array = bool(entry.shape) and (entry.is_float or entry.kind == "opt")  # a moment's 8-bit codes are integers
+                same = entry.shape == self._found[nearest].shape and is_array
                 return nearest if same else None
         return None

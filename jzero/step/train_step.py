@@ -20,7 +20,7 @@ from jzero.step import params as parameters
 from jzero.step.loss import LossCall
 from jzero.step.normalise import Examples, Normaliser, examples_of, normaliser
 from jzero.step.state import TrainState, initial_loss_scale
-from jzero.step.update import finish, squares
+from jzero.step.update import finish, scaled, squares
 
 Reduction = Literal["auto", "global", "local"]
 REDUCTIONS = ("auto", "global", "local")
@@ -71,8 +71,8 @@ class TrainStep:
         _check_state(state)
         mask = parameters.trainable_mask(state.params, self.trainable)
         sums, weight, program = self._sums(state, batch, mask)
-        grads = [grad * weight.gradient_factor(sums.weight, state.loss_scale.scale).astype(grad.dtype) for grad in sums.grads]
-        return self.finish(state, grads, squares(grads), sums, weight.total(sums.weight), program, mask)
+        factor = weight.gradient_factor(sums.weight, state.loss_scale.scale)
+        return self.finish(state, factor, squares(scaled(sums.grads, [factor])), sums, weight.total(sums.weight), program, mask)
 
     def evaluate(self, state: TrainState, *batch: Any) -> dict[str, Any]:
         """The loss of a batch without its gradient: `{"loss", "weight", "aux"}` as a step would report them. Changes nothing.
@@ -143,14 +143,13 @@ class TrainStep:
         return jax.random.fold_in(jax.random.fold_in(step_key, index), shard)
 
     def finish(
-        self, state: TrainState, grads: Sequence[jax.Array], leaf_squares: jax.Array, sums: gradient.Sums, weight: jax.Array,
+        self, state: TrainState, factor: jax.Array, leaf_squares: jax.Array, sums: gradient.Sums, weight: jax.Array,
         program: gradient.LossProgram, mask: Sequence[bool],
     ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
-        """The update, from gradients that are sums over everything, unscaled."""
-        averaged = [value / weight for value in sums.aux.averaged]
-        aux = aux_values.unsort(sums.aux._replace(averaged=averaged), program.aux)
+        """The update, from sums over everything; `factor` makes theirs the loss's gradients."""
+        found = self.evaluation(sums, weight, program)
         return finish(
-            state, grads, leaf_squares=leaf_squares, loss=sums.loss / weight, weight=weight, aux=aux,
+            state, sums.grads, factor, leaf_squares=leaf_squares, loss=found["loss"], weight=weight, aux=found["aux"],
             model_state=sums.model_state, mask=mask, optimizer=self.optimizer, policy=self.policy, clip_norm=self.clip_norm,
             skip_nonfinite=self.skip_nonfinite,
         )  # fmt: skip

@@ -6,7 +6,7 @@ must mean what they mean on one device, so sharding here is placement only.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +41,58 @@ def squares(grads: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.sum(jnp.square(grad.astype(jnp.float32))) for grad in grads])
 
 
+class Verdict(NamedTuple):
+    """What all gradients together say of a step."""
+
+    scales: list[jax.Array]  # what gradients are multiplied by, one after the other: to clip them
+    norm: jax.Array  # float32[], before clipping
+    proceed: jax.Array  # bool[]
+
+
+def judge(
+    leaf_squares: jax.Array, loss: jax.Array, weight: jax.Array, clip_norm: float | None, skip_nonfinite: bool
+) -> Verdict:  # fmt: skip
+    """Norm, clipping, and whether the update is made. Weight zero skips the step, as do a NaN and an infinity."""
+    norm = jnp.sqrt(jnp.sum(leaf_squares))
+    clean = jnp.isfinite(norm) & jnp.isfinite(loss) & (weight != 0)
+    scales = [] if clip_norm is None else [jnp.where(norm > clip_norm, clip_norm / norm, 1.0)]
+    return Verdict(scales, norm, clean if skip_nonfinite else jnp.ones((), bool))
+
+
+def scaled(grads: Sequence[jax.Array], scales: Sequence[jax.Array]) -> list[jax.Array]:
+    """Gradients times each of the scalars in turn."""
+    for scale in scales:
+        grads = [grad * scale.astype(grad.dtype) for grad in grads]
+    return list(grads)
+
+
+def conclude(
+    state: TrainState, after: TrainState, verdict: Verdict, leaf_squares: jax.Array, loss: jax.Array, weight: jax.Array,
+    aux: Any, mask: Sequence[bool], policy: PrecisionPolicy,
+) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
+    """The state to go on with, `after` or the old one, and the metrics."""
+    proceed = verdict.proceed
+    after = jax.tree.map(partial(where, proceed), after, state)
+    after = after._replace(loss_scale=next_loss_scale(state.loss_scale, proceed, dynamic=policy.scales_loss))
+    paths = tuple(path for (path, _), kept in zip(named_leaves(state.params), mask, strict=True) if kept)
+    metrics = {
+        "loss": loss,
+        "grad_norm": verdict.norm,
+        "loss_scale": state.loss_scale.scale,
+        "skipped": ~proceed,
+        "num_skipped": after.loss_scale.num_skipped,
+        "aux": aux,
+        "step": after.step,
+        "weight": weight,
+        "nonfinite": NonFinite(~jnp.isfinite(leaf_squares), paths),
+    }
+    return after, metrics
+
+
 def finish(
     state: TrainState,
     grads: Sequence[jax.Array],
+    factor: jax.Array,
     *,
     leaf_squares: jax.Array,
     loss: jax.Array,
@@ -56,45 +105,31 @@ def finish(
     clip_norm: float | None,
     skip_nonfinite: bool,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The next state and the metrics, from unscaled gradients of the leaves that train.
+    """The next state and the metrics, from summed gradients of the leaves that train.
 
     Args:
-      leaf_squares: each gradient's sum of squares over the whole tensor; not finite where the gradient is not.
+      factor: what makes sums the loss's gradients.
+      leaf_squares: each gradient's (times `factor`) sum of squares over the whole tensor; not finite where the gradient is not.
       loss, weight: the batch's loss and total weight; weight zero skips the step.
     """
-    norm = jnp.sqrt(jnp.sum(leaf_squares))
-    clean = jnp.isfinite(norm) & jnp.isfinite(loss) & (weight != 0)
-    if clip_norm is not None:
-        factor = jnp.where(norm > clip_norm, clip_norm / norm, 1.0)
-        grads = [grad * factor.astype(grad.dtype) for grad in grads]
-    params, opt_state = _optimize(state, grads, mask, optimizer, policy, loss)
-    proceed = clean if skip_nonfinite else jnp.ones((), bool)
+    verdict = judge(leaf_squares, loss, weight, clip_norm, skip_nonfinite)
+    grads = scaled(grads, [factor, *verdict.scales])
+    params, opt_state = optimize(state, grads, mask, optimizer, policy, loss)
     after = TrainState(params, opt_state, state.step + 1, state.rng, state.loss_scale, model_state)
-    after = jax.tree.map(partial(_where, proceed), after, state)
-    after = after._replace(loss_scale=next_loss_scale(state.loss_scale, proceed, dynamic=policy.scales_loss))
-    paths = tuple(path for (path, _), kept in zip(named_leaves(state.params), mask, strict=True) if kept)
-    metrics = {
-        "loss": loss,
-        "grad_norm": norm,
-        "loss_scale": state.loss_scale.scale,
-        "skipped": ~proceed,
-        "num_skipped": after.loss_scale.num_skipped,
-        "aux": aux,
-        "step": after.step,
-        "weight": weight,
-        "nonfinite": NonFinite(~jnp.isfinite(leaf_squares), paths),
-    }
-    return after, metrics
+    return conclude(state, after, verdict, leaf_squares, loss, weight, aux, mask, policy)
 
 
-def _where(proceed: jax.Array, new: Any, old: Any) -> Any:
+def where(proceed: jax.Array, new: Any, old: Any) -> Any:
+    """One leaf of the next state, a key too."""
+    if new is old:
+        return old
     if is_key(old):
         data = jnp.where(proceed, jax.random.key_data(new), jax.random.key_data(old))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(old))
     return jnp.where(proceed, new, old).astype(jnp.asarray(old).dtype)
 
 
-def _optimize(
+def optimize(
     state: TrainState,
     grads: Sequence[jax.Array],
     mask: Sequence[bool],
@@ -102,6 +137,7 @@ def _optimize(
     policy: PrecisionPolicy,
     loss: jax.Array,
 ) -> tuple[Any, Any]:
+    """The next parameters and optimizer state; of `state` it reads `params`, `opt_state`, `step` and `rng`."""
     leaves, treedef = jax.tree.flatten(state.params)
     wide = parameters.for_optimizer(treedef, leaves, mask)
     grad_tree = parameters.for_optimizer(treedef, parameters.merge(grads, leaves, mask), mask)

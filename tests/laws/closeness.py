@@ -10,7 +10,7 @@ from jzero._tree import is_key, named_leaves
 
 
 class Leaves(NamedTuple):
-    """The floating-point leaves of a pytree as float64, by path, and all others as they are."""
+    """The floating-point leaves of a pytree as float64, by path, and all others as they are. 8-bit codes count as numbers."""
 
     floats: dict
     others: dict
@@ -19,7 +19,8 @@ class Leaves(NamedTuple):
 def on_host(tree):
     floats, others = {}, {}
     for path, leaf in named_leaves(tree):
-        is_float = not is_key(leaf) and jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
+        dtype = jax.dtypes.result_type(leaf)
+        is_float = not is_key(leaf) and (jnp.issubdtype(dtype, jnp.inexact) or dtype == jnp.uint8)
         array = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
         (floats if is_float else others)[path] = array.astype(np.float64) if is_float else array
     return Leaves(floats, others)

@@ -1,0 +1,117 @@
+"""Updates of leaves in files that are larger than a bucket: slice by slice, driven from the host.
+
+A slice is some rows of dim 0 of each moment, which lie one after the other in its file. The program takes whole parameters and
+gradients, which are on the device anyway, and the slices of the moments; it writes new parameters over the gradients' slice. So
+what is in memory at a time does not depend on how large a leaf is, as long as its update is elementwise.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jzero._tree import num_bytes
+from jzero.engine import compiler
+from jzero.engine.bucket_program import BucketProgram
+from jzero.engine.layout import Layout, Options
+from jzero.offload import slices
+from jzero.offload.asked import NVME
+from jzero.offload.nvme.shard_file import part_bytes
+from jzero.offload.slices import Slices, is_elementwise
+from jzero.step import update
+
+
+class SlicedProgram(BucketProgram):
+    """The update of one bucket, in one round, or if it has to be in several."""
+
+    cut: Slices | None = None
+
+    @property
+    def num_rounds(self) -> int:
+        return self.cut.num if self.cut else 1
+
+    @property
+    def held_bytes(self) -> int:
+        return self.bucket.moved_bytes // self.num_rounds
+
+    def at_rest(self, state: Any, number: int) -> list[Any]:
+        """What round `number` fetches, from the state's leaves by their numbers."""
+        if self.cut is None:
+            return [state[index] for index in self.members]
+        return [state[index].part(number, self.cut.num) for index in self.bucket.opt_state]
+
+    def whole(self, leaf: Any) -> Any:
+        """The leaf of the state that a round's result belongs to."""
+        return leaf if self.cut is None or isinstance(leaf, jax.Array) else leaf.whole
+
+    @cached_property
+    def fetched(self) -> list[int]:
+        """The numbers of the leaves that a round fetches."""
+        return list(self.members if self.cut is None else self.bucket.opt_state)
+
+    def _slices(self) -> Slices | None:
+        if not any((place := self.plan.layout.places[index]) and place.kind == NVME for index in self.members):
+            return super()._slices()
+        layout, members = self.plan.layout, self.members
+        shapes = {layout.avals[index].shape for index in members}
+        in_files = all((place := layout.places[index]) and place.kind == NVME for index in self.bucket.opt_state)
+        alike = all(layout.avals[index].dtype == self.plan.accumulate_dtype for index in self.bucket.params)
+        specs = {layout.on_device[index].spec for index in members}
+        whole = all(layout.places[index] is None for index in self.bucket.params)
+        if self.bucket.moved_bytes > self.plan.bucket_bytes and len(shapes) == len(specs) == 1 and in_files and alike and whole:
+            (shape,) = shapes
+            if is_elementwise(self.jaxpr, shape):
+                wanted = -(-self.bucket.moved_bytes // self.plan.bucket_bytes)
+                self.cut = rows([layout.avals[index] for index in self.bucket.opt_state], layout.on_device[members[0]], wanted)
+        return None
+
+    def _lower(self, layout: Layout, options: Options, keeps_params: bool) -> Any:
+        if self.cut is None:
+            return super()._lower(layout, options, keeps_params)
+        aval = lambda index, shape: jax.ShapeDtypeStruct(shape, layout.avals[index].dtype, sharding=layout.on_device[index])
+        params, opt_state = self.bucket.params, self.bucket.opt_state
+        own = [aval(index, layout.avals[index].shape) for index in params]
+        moments = [aval(index, self.cut.shape(layout.avals[index].shape)) for index in opt_state]
+        state = jax.tree.unflatten(layout.treedef, layout.avals)
+        shared = [*(layout.avals[index] for index in self.plan.scalars), state.step, state.rng]
+        shared.append(jax.ShapeDtypeStruct((), jnp.float32))
+        whole = NamedSharding(options.mesh, PartitionSpec())
+        placed = [[leaf.sharding for leaf in part] for part in (own, moments)]
+        jitted = jax.jit(
+            self._one, in_shardings=(*placed, placed[0], whole, whole, whole, whole), out_shardings=tuple(placed),
+            donate_argnums=(1, 2), keep_unused=True, compiler_options=compiler.options(options.mesh),
+        )  # fmt: skip
+        early = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.plan.split.early]
+        scales = [jax.ShapeDtypeStruct((), jnp.float32)] * self.plan.num_scales
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        return jitted.lower(own, moments, own, scales, shared, early, index)
+
+    def _one(
+        self, own: list[Any], moments: list[Any], grads: list[Any], scales: Any, shared: Any, early: Any, index: jax.Array
+    ) -> tuple[list[Any], list[Any]]:  # fmt: skip
+        """One round: the gradients with new parameters in a slice, and the slice's new moments."""
+        cut = self.cut
+        assert cut is not None
+        shape = cut.shape(self.plan.layout.avals[self.members[0]].shape)
+        parts = update.scaled([cut.take(grad, index) for grad in grads], scales)
+        given = self._inputs([*(cut.take(one, index) for one in own), *moments], parts, shared, early)
+        new = slices.evaluate(self.jaxpr, given, shape)
+        pairs = zip(grads, new[: len(own)], strict=True)
+        return [cut.put(grad, piece, index) for grad, piece in pairs], new[len(own) :]
+
+
+def rows(avals: Sequence[Any], sharding: NamedSharding, wanted: int) -> Slices | None:
+    """At least `wanted` slices of as many rows each, which begin where a part of the files does; None if there are none."""
+    shape = avals[0].shape
+    if len(sharding.spec) and sharding.spec[0] is not None:
+        return None
+    sizes = [num_bytes(jax.ShapeDtypeStruct(sharding.shard_shape(aval.shape), aval.dtype)) for aval in avals]
+    parts = [part_bytes(size, shape[0]) for size in sizes]
+    most = min(size // part for size, part in zip(sizes, parts, strict=True))
+    for num in range(max(wanted, 2), min(most, shape[0]) + 1):
+        if shape[0] % num == 0 and all(size // num % part == 0 for size, part in zip(sizes, parts, strict=True)):
+            return Slices(0, num, shape[0] // num)
+    return None

@@ -1,0 +1,74 @@
+"""Leaves larger than a bucket, updated slice by slice in one program. Only where the update is elementwise, found by tracing.
+
+A leaf of stacked layers, or a vocabulary's, may be a large part of the whole state. Where each element of a group's update
+depends on the same element of its leaves alone, a slice of the update is the update of a slice. The program loops over slices:
+fetched from host memory, computed, written back in place (to XLA a dynamic slice of a host array is a copy by DMA).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import NamedSharding
+
+from jzero import _compat
+
+_NAMES = """
+add sub mul div neg sign abs max min pow integer_pow square sqrt rsqrt cbrt exp exp2 log log1p expm1 tanh logistic sin cos erf
+select_n clamp convert_element_type reduce_precision copy stop_gradient add_any eq ne lt le gt ge and or not xor is_finite
+floor ceil round
+"""
+ELEMENTWISE = frozenset(_NAMES.split())
+
+
+class Slices(NamedTuple):
+    """How a group's leaves are cut."""
+
+    dim: int
+    num: int
+    size: int  # of one slice along `dim`
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return (*shape[: self.dim], self.size, *shape[self.dim + 1 :])
+
+    def take(self, value: jax.Array, index: Any) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(value, index * self.size, self.size, self.dim)
+
+    def put(self, value: jax.Array, piece: jax.Array, index: Any) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(value, piece, index * self.size, self.dim)
+
+
+def cut(shape: Sequence[int], sharding: NamedSharding, moved_bytes: int, bucket_bytes: int) -> Slices | None:
+    """The fewest equal slices that fit a bucket, along a dim that no axis splits; the first such dim, if it has enough."""
+    entries = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
+    wanted = -(-moved_bytes // bucket_bytes)
+    found = []
+    for dim in (dim for dim, entry in enumerate(entries) if entry is None):
+        num = next((num for num in range(wanted, shape[dim] + 1) if shape[dim] % num == 0), None)
+        if num is not None:
+            found.append(Slices(dim, num, shape[dim] // num))
+    return min(found, key=lambda one: (one.num > 2 * wanted, one.dim), default=None)
+
+
+def is_elementwise(jaxpr: Any, shape: tuple[int, ...]) -> bool:
+    """Whether each element of the outputs depends on the same element of the arrays, all of one shape, and on scalars."""
+    shapes = ((), shape)
+    fits = lambda atom: atom.aval.shape in shapes
+    for eqn in jaxpr.eqns:
+        spread = eqn.primitive.name == "broadcast_in_dim" and all(atom.aval.shape == () for atom in eqn.invars)
+        if not (spread or eqn.primitive.name in ELEMENTWISE) or not all(map(fits, (*eqn.invars, *eqn.outvars))):
+            return False
+    return all(map(fits, (*jaxpr.invars, *jaxpr.outvars)))
+
+
+def evaluate(jaxpr: Any, args: Sequence[Any], shape: tuple[int, ...]) -> list[Any]:
+    """An elementwise program on slices of that shape."""
+    values: dict[Any, Any] = dict(zip(jaxpr.invars, args, strict=True))
+    read = lambda atom: atom.val if isinstance(atom, _compat.Literal) else values[atom]
+    for eqn in jaxpr.eqns:
+        inputs = list(map(read, eqn.invars))
+        if eqn.primitive.name == "broadcast_in_dim" and eqn.outvars[0].aval.shape:
+            values[eqn.outvars[0]] = jax.lax.broadcast(inputs[0], shape)
+            continue
+        values |= zip(eqn.outvars, _compat.bind(eqn, inputs), strict=True)
+    return list(map(read, jaxpr.outvars))

@@ -1,0 +1,185 @@
+"""A training run with its moments on NVMe that SIGKILL ends again and again, most often in the middle of an update.
+
+    python tests/kills_nvme.py --kills 50 [--seed 0] [--json FILE]
+
+As `tests/kills.py`, whose lives and checkpoints these are: each life restores the newest checkpoint, which writes the swap
+anew, and trains on. After every kill the swap that the life left is read byte by byte, without jax: its commit names a step,
+and the moments of all files must be those that an uninterrupted run had after that step, bit by bit. Losses likewise.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import kills  # sets the environment, so before jax
+
+# isort: split
+import jax
+import numpy as np
+import tiny
+
+import jzero
+from jzero.offload.nvme import folder as folders
+from jzero.offload.nvme import swap
+from jzero.offload.nvme.array import DiskArray
+from jzero.offload.nvme.shard_file import CorruptSwap
+
+SAVE_EVERY = 3
+
+
+def digest(leaves):
+    """Of moments by path."""
+    sha256 = hashlib.sha256()
+    for path in sorted(leaves):
+        sha256.update(path.encode() + np.ascontiguousarray(leaves[path]).tobytes())
+    return sha256.hexdigest()
+
+
+def live(where, log, num_steps, *, digests):
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    say = lambda *words: os.write(out, (json.dumps(words) + "\n").encode())
+    try:
+        train_step, make_state = tiny.make("composed")
+        offload = jzero.Offload(opt_state=f"nvme:{where / 'swap'}", bucket_bytes=2000)
+        step = jzero.shard(train_step, stage=3, min_shard_elements=64, offload=offload)
+        manager, first = jzero.CheckpointManager(where / "run", every=SAVE_EVERY, keep=2), 1
+        if manager.steps():
+            state, first = manager.restore(step)
+            say("restored", manager.restored)
+        else:
+            state = step.place(make_state(tiny.make_params()))
+            say("began")
+        for i in range(first, num_steps + 1):
+            say("updating", i)
+            state, metrics = step(state, kills.batch_of(i))
+            moments = {leaf.path: leaf for leaf in jax.tree.leaves(state.opt_state) if isinstance(leaf, DiskArray)}
+            say("step", i, float(metrics["loss"]).hex(), digest(moments) if digests else None)
+            manager.save(i, state, data=i + 1)
+        manager.wait()
+        say("ended")
+    except BaseException:
+        say("failed", traceback.format_exc())
+    os._exit(0)
+
+
+def fork(*words, **options):
+    sys.stdout.flush()
+    pid = os.fork()
+    if not pid:
+        live(*words, **options)
+    return pid
+
+
+def kill_once(pid, log, random):
+    """SIGKILL some updates after the life's first, at a moment within one; whether the life was still there."""
+    wanted, gone = random.randint(1, 12), lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    while sum(event[0] == "updating" for event in kills.events(log)) < wanted and not gone():
+        time.sleep(0.002)
+    time.sleep(random.uniform(0, 0.1))
+    os.kill(pid, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+def check_swap(where, reference, life):
+    """What the newest swap says: its step, and what is wrong with it."""
+    found, wrong = None, []
+    for left in folders.leftovers(where / "swap" / "process-0", set()):
+        try:
+            commit, leaves = swap.contents(left.folder)
+        except FileNotFoundError:
+            found = "never complete"
+            continue
+        except CorruptSwap as error:
+            wrong.append(str(error))
+            continue
+        found = commit["step"]
+        at_first = life[0][1] if life[0][0] == "restored" else 0  # the life's first generation, of no step of its own
+        expected = reference.get(at_first if found is None else found)
+        if expected is not None and digest(leaves) != expected:
+            wrong.append(f"the swap of step {found} holds other moments than the uninterrupted run had")
+        made = [event[1] for event in life if event[0] == "step"]
+        began = [event[1] for event in life if event[0] == "updating"]
+        if found is not None and not (made[-1:] or [at_first])[0] <= found <= began[-1]:
+            wrong.append(f"the swap is of step {found}, the life made {made[-1:]} and began {began[-1:]}")
+    return found, wrong
+
+
+def run(where, num_kills, seed, num_steps):
+    began = time.monotonic()
+    jax.config.update("jax_compilation_cache_dir", str(where / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    os.waitpid(fork(where / "whole", where / "whole.log", num_steps, digests=True), 0)
+    whole = kills.events(where / "whole.log")
+    assert whole[-1] == ["ended"], whole[-1]
+    losses = {event[1]: event[2] for event in whole if event[0] == "step"}
+    moments = {event[1]: event[3] for event in whole if event[0] == "step"}
+    choose, folder, wrong = random.Random(seed), where / "killed", []
+    found = {"kills": 0, "in_an_update": 0, "with_a_half_written_generation": 0, "resumed": 0, "swaps_read": 0}
+    lives = compared = 0
+    while found["kills"] < num_kills:
+        lives += 1
+        log = where / f"life{lives}.log"
+        pid = fork(folder, log, num_steps, digests=False)
+        found["kills"] += kill_once(pid, log, choose)
+        life = kills.events(log)
+        wrong += [f"life {lives}: {event[1]}" for event in life if event[0] == "failed"]
+        steps = [event for event in life if event[0] == "step"]
+        compared += len(steps)
+        wrong += [f"life {lives}: step {event[1]}: another loss" for event in steps if event[2] != losses[event[1]]]
+        wrong += [f"life {lives}: {line}" for line in kills.damaged(folder / "run")]
+        if life and life[0][0] in ("began", "restored"):
+            at, bad = check_swap(folder, moments, life)
+            wrong += [f"life {lives}: {line}" for line in bad]
+            found["swaps_read"] += at is not None or not bad
+            found["in_an_update"] += life[-1][0] == "updating"
+            found["with_a_half_written_generation"] += half_written(folder)
+            found["resumed"] += life[0][0] == "restored"
+        if [event for event in life if event[0] in ("failed", "ended")]:
+            folder = where / f"killed{lives}"
+    return {**found, "lives": lives, "losses_compared": compared, "wrong": wrong, "seconds": round(time.monotonic() - began, 1)}
+
+
+def half_written(folder):
+    """Whether some files, and not all, have the generation after the committed one."""
+    for left in folders.leftovers(folder / "swap" / "process-0", set()):
+        try:
+            commit, rows = swap.load(left.folder / swap.COMMIT), swap.load(left.folder / swap.LAYOUT)["leaves"]
+        except (FileNotFoundError, CorruptSwap):
+            continue
+        newer = 0
+        for row in rows:
+            about = {name: value for name, value in row.items() if name not in ("bytes", "file")}
+            file = swap.ShardFile(left.folder / row["file"], about, row["bytes"])
+            with contextlib.suppress(CorruptSwap):  # no header yet
+                newer += file.header((commit["generation"] + 1) % 2)["generation"] == commit["generation"] + 1
+        return newer > 0
+    return False
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as where:
+        result = run(Path(where), options.kills, options.seed, options.steps)
+    result["command"] = " ".join(["python", "tests/kills_nvme.py", *sys.argv[1:]])
+    print(json.dumps(result, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    sys.exit(bool(result["wrong"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Parity law of offload: a step whose state rests elsewhere computes what the same step computes on the device.
+
+Each of ten steps is taken twice from the same state, on the device and offloaded, and may differ by 2 units in the last place
+of the leaf's largest number: two programs round differently (a product and a sum may be one operation or two), and where a
+parameter and its update cancel, the element's own last place says nothing of that. Counters, keys and skipped steps are equal.
+"""
+
+import functools
+import tempfile
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import meshes
+import numpy as np
+import optax
+import pytest
+import small_gpt
+import small_pipeline
+import tables
+import tiny
+from closeness import assert_same_others, on_host
+from pairwise import label, pairwise
+
+import jzero
+from jzero._tree import is_float, named_leaves
+from jzero.offload.nvme.array import DiskArray
+
+NUM_STEPS = 10
+ULPS = 2  # issue 6
+OVERFLOWS = (3, 4, 7)  # steps of float16 that must be skipped
+TOO_LARGE = 2.0**60  # a loss scale at which every gradient of float16 is infinite
+
+MIXES = {
+    "opt": {"opt_state": "host"},
+    "opt in buckets": {"opt_state": "host", "bucket_bytes": 1000},  # several to a bucket, and leaves in slices
+    "params": {"params": "host"},
+    "both": {"opt_state": "host", "params": "host", "bucket_bytes": 2000},
+    "nvme": {"opt_state": "nvme", "bucket_bytes": 1000},
+    "nvme and host": {"opt_state": "nvme", "params": "host", "fraction": 0.8, "bucket_bytes": 4000},
+    "part": {"opt_state": "host", "params": "host", "fraction": 0.6, "bucket_bytes": 4000},
+}
+OPTIMIZERS = {
+    **{name: tables.OPTIMIZERS[name] for name in ("adamw", "lamb", "adafactor", "muon", "multi_steps", "clipped")},
+    "frozen": tables.adamw,  # with embeddings that do not train
+}
+FACTORS = {
+    "mix": tuple(MIXES),
+    "stage": (1, 2, 3),
+    "mesh": ("1", "2", "8"),
+    "precision": ("fp32", "bf16", "fp16", "bf16-pure"),
+    "optimizer": tuple(OPTIMIZERS),
+}
+IN_SHORT = (  # on a network of two layers
+    ("opt in buckets", 3, "8", "fp16", "adamw"),
+    ("both", 1, "2", "fp32", "clipped"),
+    ("nvme", 3, "8", "fp16", "multi_steps"),
+)
+
+
+class Entry(NamedTuple):
+    mix: str
+    stage: int
+    mesh: str
+    precision: str
+    optimizer: str
+
+
+class Model(NamedTuple):
+    loss: object
+    params: object
+    batch: tuple
+
+
+GPT = Model(small_gpt.mean_loss, functools.partial(small_gpt.make_params, tied=False), small_gpt.batch())
+TINY = Model(tiny.loss_fn, tiny.make_params, (tiny.batch(rows=48),))
+
+
+@functools.cache
+def swap_folder():
+    return tempfile.TemporaryDirectory()
+
+
+def offload(mix):
+    """What `mix` asks for; files go into a folder of this session."""
+    places = {name: f"nvme:{swap_folder().name}" if value == "nvme" else value for name, value in MIXES[mix].items()}
+    return jzero.Offload(**places)
+
+
+def steps(entry, model):
+    """The step on the device, and offloaded."""
+    trainable = (lambda path: "embed" not in path) if entry.optimizer == "frozen" else None
+    fn = jzero.make_train_step(
+        model.loss, OPTIMIZERS[entry.optimizer](), precision=entry.precision, accumulate=2, clip_norm=1.0, trainable=trainable
+    )
+    options = {"stage": entry.stage, "mesh": meshes.make(entry.mesh), "min_shard_elements": small_gpt.MIN_SHARD_ELEMENTS}
+    return jzero.shard(fn, **options), jzero.shard(fn, **options, offload=offload(entry.mix))
+
+
+def with_scale(state, scale):
+    """The state with another loss scale."""
+    placed = jax.device_put(jnp.float32(scale), state.loss_scale.scale.sharding)
+    return state._replace(loss_scale=state.loss_scale._replace(scale=placed))
+
+
+def assert_close(actual, expected):
+    digits = {path: jnp.finfo(leaf.dtype).nmant for path, leaf in named_leaves(expected) if is_float(leaf)}
+    actual, expected = on_host(actual), on_host(expected)
+    assert_same_others(actual, expected, "state")
+    for path, wanted in expected.floats.items():
+        largest = np.max(np.abs(wanted), initial=0)
+        last_place = 2.0 ** (np.floor(np.log2(largest)) - digits[path]) if largest else np.spacing(np.float32(0))
+        gap = np.max(np.abs(actual.floats[path] - wanted), initial=0)
+        assert gap <= ULPS * last_place, f"{path}: {gap / last_place} units in the last place"
+
+
+def assert_at_rest(step, state):
+    """Every leaf is where the step's shardings say, memory kind included; returns how many are off the device."""
+    leaves, shardings = jax.tree.leaves(state), jax.tree.leaves(step.shardings(state))
+    assert [leaf.sharding for leaf in leaves] == shardings
+    return sum(isinstance(leaf, DiskArray) or leaf.sharding.memory_kind == "pinned_host" for leaf in leaves)
+
+
+def check(entry, model):
+    walk(*steps(entry, model), model, is_fp16=entry.precision == "fp16")
+
+
+def walk(on_device, offloaded, model, *, is_fp16=False):
+    state = on_device.place(on_device.fn.init(model.params()))
+    num_skipped = 0
+    for index in range(NUM_STEPS):
+        if is_fp16 and index in OVERFLOWS:
+            state = with_scale(state, TOO_LARGE)
+        elsewhere = offloaded.place(state)
+        assert assert_at_rest(offloaded, elsewhere), "nothing is offloaded: this would compare nothing"
+        state, expected = on_device(state, *model.batch)
+        elsewhere, metrics = offloaded(elsewhere, *model.batch)
+        assert_at_rest(offloaded, elsewhere)
+        assert_close(elsewhere, state)
+        assert bool(metrics["skipped"]) == bool(expected["skipped"])
+        assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-6)
+        num_skipped += bool(expected["skipped"])
+        state = with_scale(state, 2.0**10 if is_fp16 else 1.0)
+    assert num_skipped == (len(OVERFLOWS) if is_fp16 else 0)
+
+
+@pytest.mark.parametrize("entry", [Entry(*one) for one in IN_SHORT], ids=lambda one: "-".join(map(str, one)))
+def test_offload_changes_no_number(entry):
+    check(entry, TINY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", pairwise(FACTORS), ids=label)
+def test_offload_changes_no_number_in_full(entry):
+    check(Entry(**entry), GPT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["pipe", "tensor", "sequence"])
+def test_offload_changes_no_number_on_a_further_axis(axis):
+    params = functools.partial(small_pipeline.make_params, num_layers=4, tied=True)
+    piped = Model(small_pipeline.model("mean"), params, small_gpt.batch())
+    split = GPT._replace(loss=functools.partial(small_gpt.loss_of_pieces, "ring"))
+    model = {"pipe": piped, "tensor": GPT, "sequence": split}[axis]
+    rules = small_gpt.TENSOR_RULES if axis == "tensor" else ()
+    fn = jzero.make_train_step(model.loss, optax.adamw(1e-3), accumulate=2, clip_norm=1.0)
+    mesh = jzero.make_mesh(data=4, **{axis: 2})
+    options = {"stage": 3, "mesh": mesh, "rules": rules, "min_shard_elements": small_gpt.MIN_SHARD_ELEMENTS}
+    walk(jzero.shard(fn, **options), jzero.shard(fn, **options, offload=offload("both")), model)
