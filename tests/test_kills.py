@@ -37,8 +37,8 @@ def test_a_hundred_kills(tmp_path):
 
 
 def test_a_run_killed_in_an_update_of_its_swap(tmp_path):
-    found = killed(tmp_path, "--kills", "2", "--steps", "20", script=KILLS_NVME)
-    assert found["kills"] == found["swaps_read"] == 2
+    found = killed(tmp_path, "--kills", "1", "--steps", "10", script=KILLS_NVME)
+    assert found["kills"] == found["swaps_read"] == 1
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from jzero._tree import is_box, is_key, leaves_with_path, path_parts
 Parts = tuple[str, ...]
 Kind = Literal["opt", "param", "other", "unknown"]
 
-OPTIMIZER_PACKAGES = ("optax",)  # NamedTuple states defined here are optimizer state, and so is all below them
+OPTIMIZER_PACKAGES = ("optax", "jzero.optim")  # NamedTuple states defined here are optimizer state, and so is all below them
 VARIABLE_KINDS: dict[str, Kind] = {
     "OptState": "opt",
     "Param": "param",
@@ -43,6 +43,11 @@ class Entry(NamedTuple):
         """A floating-point array with at least one dim: what parameters and their moments look like."""
         return bool(self.shape) and self.is_float
 
+    @property
+    def is_moment_like(self) -> bool:
+        """A leaf of an optimizer that may mirror a parameter: a moment's 8-bit codes are integers."""
+        return bool(self.shape) and (self.is_float or self.kind == "opt")
+
 
 def entries(state: Any) -> list[Entry]:
     """Every leaf in flattening order. Raises for leaves that are no arrays."""
@@ -59,7 +64,9 @@ def _is_typed(node: Any) -> bool:
 
 def _is_optimizer_state(node: Any) -> bool:
     kind = type(node)
-    return kind.__module__.partition(".")[0] in OPTIMIZER_PACKAGES and not kind.__name__.endswith("Params")  # LookaheadParams
+    return f"{kind.__module__}.".startswith(tuple(f"{name}." for name in OPTIMIZER_PACKAGES)) and not kind.__name__.endswith(
+        "Params"
+    )  # LookaheadParams
 
 
 def _expand(prefix: Parts, node: Any) -> list[tuple[Entry, Any]]:

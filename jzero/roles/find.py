@@ -76,7 +76,7 @@ def _mirrored(found: Sequence[Entry], state: Any) -> list[Parts]:
     rest = _weights(found)
     groups: Groups = defaultdict(list)
     for entry in found:
-        if entry.kind == "opt" and entry.group is not None and entry.is_weight_like:
+        if entry.kind == "opt" and entry.group is not None and entry.is_moment_like:
             groups[entry.group].append(entry)
     for look in (covers, _covers_by_path, _covers_by_shape):
         choices = [widest(cover, groups) for group in groups.values() if (cover := look(group, rest))]

@@ -62,7 +62,6 @@ class Owners:
             candidates = self._by_relative.get(entry.parts[cut:])
             if candidates:
                 nearest = max(candidates, key=lambda index: _shared(self._found[index].parts, entry.parts))
-                is_array = bool(entry.shape) and (entry.is_float or entry.kind == "opt")  # a moment's 8-bit codes are integers
-                same = entry.shape == self._found[nearest].shape and is_array
+                same = entry.shape == self._found[nearest].shape and entry.is_moment_like
                 return nearest if same else None
         return None
