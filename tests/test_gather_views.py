@@ -114,7 +114,7 @@ def test_gathering_after_views_is_viewing_after_gathering():
     reading, comm = Reading(False, SIZES), Manual("data")
     kept = []
 
-    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=20, deadline=None, derandomize=True, database=None)
     @given(chains())
     def hold(chain):
         shape, dim, numbers = chain

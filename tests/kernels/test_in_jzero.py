@@ -47,6 +47,7 @@ def curve(params, loss, context):
     return losses, report
 
 
+@pytest.mark.slow
 def test_the_loss_curve_is_the_same_with_kernels_and_without():
     params = jax.jit(build("plain")[0].init)(jax.random.key(0))
     curves = {name: curve(params, *how) for name, how in LOSSES.items()}

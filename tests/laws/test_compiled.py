@@ -22,14 +22,14 @@ TEMP_MB = {1: 1869, 2: 1018, 3: 703}
 SPELLINGS = [Spelling(*flags) for flags in itertools.product((True, False), repeat=3)]
 TRAFFIC = {
     # target, engine, stage, accumulate -> the spellings that `make test` compiles; the others are slow
-    ("h100:2x8", "composed", 3, 1): [Spelling(False, False, True), Spelling(True, True, False)],
+    ("h100:2x8", "composed", 3, 1): [Spelling(False, False, True)],
     ("h100:2x8", "composed", 1, 4): [],
     ("h100:2x8", "composed", 0, 4): [],
     ("h100:2x8", "composed", 2, 4): [Spelling(False, True, False)],
     ("h100:2x8", "opaque", 3, 1): [Spelling(False, True, False)],
     ("v5e:4x4", "composed", 3, 1): [Spelling(True, False, False)],
     ("v5e:4x4", "composed", 1, 4): [Spelling(True, False, True)],
-    ("v5e:4x4", "opaque", 3, 1): [Spelling(True, True, True)],
+    ("v5e:4x4", "opaque", 3, 1): [Spelling(False, False, True)],
 }
 
 
