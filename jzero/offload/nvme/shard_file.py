@@ -115,7 +115,7 @@ class ShardFile(NamedTuple):
             )
 
     def sum(self, at: int, part: np.ndarray) -> str:
-        return xxhash.xxh3_64_hexdigest(part[: min(part.size, self.num_bytes - at)])
+        return xxhash.xxh3_64_hexdigest(memoryview(part[: min(part.size, self.num_bytes - at)]))
 
     def write_header(self, slot: int, *, generation: int, step: int | None, sums: list[str]) -> None:
         """Write what the payload is, and return when both are on the drive."""
