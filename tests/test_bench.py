@@ -141,6 +141,7 @@ def test_table_and_picture_show_every_run(found, tmp_path):
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_plain_step_is_the_same_training():
     """The hand-written step against jzero's own unsharded one: same loss, same parameters."""
     import jzero

@@ -28,8 +28,16 @@ def blocks(document):
     return [(text.count("\n", 0, match.start(2)), match[1], match[2]) for match in BLOCK.finditer(text)]
 
 
+LONG = {"parallelism"}  # each of its axes compiles a step
+
+
 @pytest.mark.parametrize(
-    "document", [path for path in DOCUMENTS if "```python" in path.read_text()], ids=lambda path: path.stem
+    "document",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG), id=path.stem)
+        for path in DOCUMENTS
+        if "```python" in path.read_text()
+    ],
 )
 def test_code_prints_what_the_document_says(document):
     """All python blocks of a file share one namespace; a `text` block after one is its output, with `...` for anything."""

@@ -101,9 +101,8 @@ class Pretraining:
         return file.read_text().splitlines() if file.exists() else []
 
 
-@pytest.mark.parametrize(
-    "ends", [[signal.SIGKILL], pytest.param([signal.SIGTERM, signal.SIGKILL, signal.SIGTERM], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGKILL, signal.SIGTERM]])
 def test_pretraining_resumes_by_the_same_command(tmp_path, ends):
     """Killed, told to end, started again and again: every number of every step is the uninterrupted run's, bit by bit."""
     whole, broken = Pretraining(tmp_path, "whole"), Pretraining(tmp_path, "broken")

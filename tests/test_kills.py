@@ -36,6 +36,7 @@ def test_a_hundred_kills(tmp_path):
     assert found["with_a_half_written_checkpoint"] >= 10
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_an_update_of_its_swap(tmp_path):
     found = killed(tmp_path, "--kills", "1", "--steps", "10", script=KILLS_NVME)
     assert found["kills"] == found["swaps_read"] == 1

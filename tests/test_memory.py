@@ -187,7 +187,7 @@ def unrolled(p, x):
     [
         ("cpu", scanned),
         ("cpu", unrolled),
-        pytest.param("h100", scanned, marks=pytest.mark.compile),
+        pytest.param("h100", scanned, marks=[pytest.mark.compile, pytest.mark.slow]),
         pytest.param("v5e", unrolled, marks=pytest.mark.compile),
         pytest.param("h100", unrolled, marks=[pytest.mark.compile, pytest.mark.slow]),
         pytest.param("v5e", scanned, marks=[pytest.mark.compile, pytest.mark.slow]),

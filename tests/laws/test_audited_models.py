@@ -18,8 +18,6 @@ QUICK = {
     # target, model, scanned, stage, accumulate
     ("cpu", "gpt2-tiny", True, 1, 4),
     ("cpu", "llama-tiny", True, 3, 4),
-    ("cpu", "llama-tiny", False, 2, 1),
-    ("h100:2x8", "llama-tiny", True, 3, 1),
     ("v5e:4x4", "gpt2-tiny", True, 2, 4),
 }
 

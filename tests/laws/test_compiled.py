@@ -25,10 +25,10 @@ TRAFFIC = {
     ("h100:2x8", "composed", 3, 1): [Spelling(False, False, True)],
     ("h100:2x8", "composed", 1, 4): [],
     ("h100:2x8", "composed", 0, 4): [],
-    ("h100:2x8", "composed", 2, 4): [Spelling(False, True, False)],
+    ("h100:2x8", "composed", 2, 4): [],
     ("h100:2x8", "opaque", 3, 1): [Spelling(False, True, False)],
     ("v5e:4x4", "composed", 3, 1): [Spelling(True, False, False)],
-    ("v5e:4x4", "composed", 1, 4): [Spelling(True, False, True)],
+    ("v5e:4x4", "composed", 1, 4): [],
     ("v5e:4x4", "opaque", 3, 1): [Spelling(False, False, True)],
 }
 

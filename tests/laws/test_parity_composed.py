@@ -187,13 +187,13 @@ def test_parity(entry):
 
 
 def on_further_axes():
-    """A sixth in `make test`. float16 partial sums over four or eight pieces are rounded before they are added, here as in any
-    tensor-parallel program: up to 2.2 times the unsharded error, which the law does not allow.
+    """A twelfth in `make test`. float16 partial sums over four or eight pieces are rounded before they are added, here as in
+    any tensor-parallel program: up to 2.2 times the unsharded error, which the law does not allow.
     """
     entries = pairwise({**CORE, "mesh": tuple(meshes.FURTHER)})
     too_far = pytest.mark.xfail(reason="float16 sums over tensor pieces: 1.6 to 2.2 times the error", raises=AssertionError)
     rounds = [entry["precision"] == "fp16" and entry["mesh"][-1] in "48" for entry in entries]
-    marks = [[too_far] * wrong + [pytest.mark.slow] * (index % 6 > 0 or wrong) for index, wrong in enumerate(rounds)]
+    marks = [[too_far] * wrong + [pytest.mark.slow] * (index % 12 > 0 or wrong) for index, wrong in enumerate(rounds)]
     return [pytest.param(entry, marks=mark, id=label(entry)) for entry, mark in zip(entries, marks, strict=True)]
 
 

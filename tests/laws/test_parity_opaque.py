@@ -118,7 +118,13 @@ def _coarse(path, leaf, resolution):
     return resolution * size
 
 
-@pytest.mark.parametrize("entry", pairwise(FACTORS), ids=label)
+def covered():
+    """Every pair of factors. Compressed moments, whose programs compile longest, are slow but at stage 3."""
+    late = lambda entry: entry["optimizer"] in RESOLUTION and entry["stage"] < 3
+    return [pytest.param(entry, marks=[pytest.mark.slow] * late(entry), id=label(entry)) for entry in pairwise(FACTORS)]
+
+
+@pytest.mark.parametrize("entry", covered())
 def test_parity(entry):
     check(**entry)
 

@@ -16,7 +16,7 @@ RULES = {"gpt2-tiny": gpt2.tensor_rules, "llama-tiny": llama.tensor_rules}
 NUM_LAYERS, ROWS, LENGTH = 2, 16, 33
 
 
-@pytest.fixture(params=RULES)
+@pytest.fixture(params=["llama-tiny", pytest.param("gpt2-tiny", marks=pytest.mark.slow)])
 def case(request):
     """A model's step by stage 3 on data 4 x tensor 2, its state, a batch, and what one device makes of them."""
     model = models.build(request.param, num_layers=NUM_LAYERS)
