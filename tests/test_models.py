@@ -143,3 +143,14 @@ def test_bad_input_is_explained():
         models.build("gpt2-tiny", attention_kind="rign")
     with pytest.raises(ValueError, match=r"at most 256 tokens"):
         models.build("gpt2-tiny").apply({}, jax.ShapeDtypeStruct((1, 300), jnp.int32))
+
+
+@pytest.mark.parametrize(("name", "loss"), [("gpt2-tiny", "plain"), ("llama-tiny", "chunked")])
+def test_a_pipeline_of_a_model_is_its_loss(name, loss):
+    """With the head that was asked for: the chunked one makes no logits of all tokens."""
+    model = models.build(name, num_layers=2, loss=loss)
+    parts, arrange = models.pipeline(model)
+    params, tokens = model.init(jax.random.key(0)), jnp.arange(34).reshape(2, 17)
+    assert float(parts(arrange(params), tokens)) == pytest.approx(float(model.loss(params, tokens)), rel=1e-6)
+    made = str(jax.make_jaxpr(parts)(arrange(params), tokens))
+    assert (f"[2,16,{model.config.vocab_size}]" in made) == (loss == "plain")

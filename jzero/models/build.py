@@ -41,6 +41,7 @@ class Model(NamedTuple):
     embed: Callable[[Any, jax.Array], Any]  # params, tokens -> x; of Mixtral with the router's losses beside it
     layer: Callable[[Any, Any], Any]  # x, one layer's params -> x
     head: Callable[[Any, Any], jax.Array]  # params, x -> logits, padding included
+    end: Callable[[Any, Any, jax.Array], jax.Array]  # params, what the layers gave, tokens[B, T + 1] -> the loss
 
 
 def build(
@@ -113,7 +114,9 @@ def build(
         return padded_logits(params, tokens)[..., : config.vocab_size]
 
     def mean_loss(params: Any, tokens: jax.Array) -> jax.Array:
-        x = run_layers(layer, embed(params, tokens[:, :-1]), params["layers"])
+        return end(params, run_layers(layer, embed(params, tokens[:, :-1]), params["layers"]), tokens)
+
+    def end(params: Any, x: Any, tokens: jax.Array) -> jax.Array:
         tokens_loss = mean_token_loss(params, x, tokens)
         return tokens_loss + routing_loss(config, x) if isinstance(config, MixtralConfig) else tokens_loss
 
@@ -127,7 +130,7 @@ def build(
         )
 
     num_params = count_params(jax.eval_shape(init, jax.random.key(0))) - _num_padding(config)
-    return Model(config, init, apply, mean_loss, num_params, _flops_per_token(config, num_params), embed, layer, head)
+    return Model(config, init, apply, mean_loss, num_params, _flops_per_token(config, num_params), embed, layer, head, end)
 
 
 def count_params(params: Any) -> int:

@@ -4,12 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jzero._errors import explain
 from jzero.models.build import Model
 from jzero.models.config import MixtralConfig
-from jzero.models.loss import next_token_loss
 from jzero.pipeline.model import Pipeline
 
 LOOKED_UP = ("wte", "wpe")  # what the embedding reads; the head reads the rest, and without an `lm_head` the table too
@@ -39,16 +37,12 @@ def pipeline(model: Model) -> tuple[Pipeline, Callable[[Any], Any]]:
         return {"embed": embed, "layers": params["layers"], "head": head, **both}
 
     def full(params: Any) -> Any:
-        """With zeros for what the other end reads: the model merges all parameters outside its layers at once."""
-        zeros = lambda part: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), part)
-        return {**{name: zeros(part) for name, part in shapes.items() if name not in params}, **params}
-
-    def head(params: Any, x: jax.Array, tokens: jax.Array) -> jax.Array:
-        return next_token_loss(model.head(full(params), x), tokens[:, 1:], vocab_size=model.config.vocab_size)
+        """With the shapes of what the other end reads, which nothing can compute with: the model merges all modules at once."""
+        return {**shapes, **params}
 
     parts = Pipeline(
         embed=lambda params, tokens: model.embed(full(params), tokens[:, :-1]),
         layers=lambda params, x: model.layer(x, params),
-        head=head,
+        head=lambda params, x, tokens: model.end(full(params), x, tokens),
     )
     return parts, arrange
