@@ -76,6 +76,7 @@ def run(
             *[jax.ShapeDtypeStruct((num_rows, num_parts * out.width), out.dtype) for out in one.outs],
             *[jax.ShapeDtypeStruct((num_rows, num_parts), jnp.float32)] * one.num_scales,
         ],
+        input_output_aliases=dict(one.in_place),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary" if one.num_scales else "parallel"), vmem_limit_bytes=32 * 2**20
         ),

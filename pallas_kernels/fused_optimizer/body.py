@@ -59,7 +59,9 @@ def update(run: Run, name: str, *arrays: jax.Array, interpret: bool, **options: 
     outs = [value_dtype, *dtypes, *([how.copy] if how.copy is not None else [])]
     noisy = how.needs_noise(param, moments)
     body = partial(_step, rule, how, dtypes, bool(scales), value_dtype)
-    one = BlockPass(body, block, block, [Out(dtype, block) for dtype in outs], len(scales), noisy)
+    in_place = tuple((2 + index, 1 + index) for index in range(len(moments)))
+    in_place += ((0, 0),) if how.returns == "params" else ()
+    one = BlockPass(body, block, block, [Out(dtype, block) for dtype in outs], len(scales), noisy, in_place)
     found = run(
         one, rows, [_rows(scale, scale.shape[-1]) for scale in scales], jnp.stack(numbers).astype(jnp.float32) if numbers else None,
         jnp.stack(seeds_of(seed)) if noisy else None, interpret=interpret,

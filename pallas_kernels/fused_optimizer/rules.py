@@ -38,7 +38,8 @@ def _adamw(g: Any, p: Any, moments: Sequence[Any], n: Mapping[str, Any]) -> Any:
 def _lion(g: Any, p: Any, moments: Sequence[Any], n: Mapping[str, Any]) -> Any:
     (m,) = moments
     g = g * n["factor"]
-    direction = jnp.sign((1 - n["b1"]) * g + n["b1"] * m)
+    between = (1 - n["b1"]) * g + n["b1"] * m
+    direction = jnp.where(between > 0, 1.0, jnp.where(between < 0, -1.0, between))  # TPU kernels have no sign; NaN stays
     return -n["rate"] * (direction + n["decay"] * p), ((1 - n["b2"]) * g + n["b2"] * m,)
 
 
