@@ -68,7 +68,9 @@ def run(
             [plgpu.load(ref.at[rows], layout=layout.reduce(1), optimized=False) for ref in scale_refs],
             found_numbers,
             found_seeds,
-            [_place(first, one.block, start, shape, layout) for start in range(0, one.block, piece)] if one.needs_places else [],
+            [_place(first, one.block, start, shape, layout) for start in range(0, one.block, piece)]
+            if one.needs_places
+            else [],
         )
         outs, made = one.body(values)
         for ref, pieces in zip(refs[: len(outs)], outs, strict=True):

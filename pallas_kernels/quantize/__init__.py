@@ -143,12 +143,17 @@ def dequantize(
     number = num_blocks(size, own)
     wanted = number * own // 2 if form.pieces == 2 else size
     shape = tuple(number if one == dim else length for one, length in enumerate(codes.shape))
-    problems = [] if codes.dtype == form.dtype else [f"codes {short(codes)}, {format} is stored as {jnp.dtype(form.dtype).name}"]
+    problems = (
+        [] if codes.dtype == form.dtype else [f"codes {short(codes)}, {format} is stored as {jnp.dtype(form.dtype).name}"]
+    )
     if problems:
         fix = "Name the format that the codes were made with."
         raise TypeError(explain(f"pallas_kernels.{who}", "codes of another format", found=problems, fix=fix))
     if codes.shape[dim] != wanted or scales.shape != shape:
-        found = [f"codes {short(codes)}, scales {short(scales)}", f"scales must be {list(shape)}, {wanted} codes along dim {dim}"]
+        found = [
+            f"codes {short(codes)}, scales {short(scales)}",
+            f"scales must be {list(shape)}, {wanted} codes along dim {dim}",
+        ]
         fix = "Pass the block, dim and size that they were made with."
         context = f"{format}, block={block}, dim={dim}, size={size}"
         raise ValueError(
@@ -174,7 +179,9 @@ def _quantize(
     if block < 1 or (form.pieces == 2 and block % 2):
         fix = "256 is a good size; int4 puts the halves of a block together, so it must be even."
         raise ValueError(
-            explain(f"pallas_kernels.{who}", "no such block", found=[f"block={block}"], context=f"x {short(x)}, {format}", fix=fix)
+            explain(
+                f"pallas_kernels.{who}", "no such block", found=[f"block={block}"], context=f"x {short(x)}, {format}", fix=fix
+            )
         )
     arrays = [_no_derivative(array) for array in (x, error) if array is not None]
     arrays += [rounding.fold(seed)] if seed is not None else []
@@ -217,7 +224,11 @@ def _no_derivative(array: jax.Array) -> jax.Array:
 @_no_derivative.defjvp
 def _refuse(primals: Any, tangents: Any) -> Any:
     found = [f"derivative with respect to {short(primals[0])}"]
-    fix = "Pass jax.lax.stop_gradient of it, or write the estimate that is meant (straight through, say) as a custom derivative."
+    fix = (
+        "Pass jax.lax.stop_gradient of it, or write the estimate that is meant (straight through, say) as a custom derivative."
+    )
     raise NotImplementedError(
-        explain("pallas_kernels.quantize", "rounding has no derivative", found=found, context="it is 0 almost everywhere", fix=fix)
+        explain(
+            "pallas_kernels.quantize", "rounding has no derivative", found=found, context="it is 0 almost everywhere", fix=fix
+        )
     )

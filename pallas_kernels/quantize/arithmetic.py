@@ -35,4 +35,3 @@ def codes_of(x: jax.Array, factor: jax.Array, form: Format, noise: jax.Array | N
 def values_of(codes: jax.Array, scale: jax.Array, form: Format) -> jax.Array:
     """What codes stand for; NaN where the scale is."""
     return form.decode(codes) * scale
-
