@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jzero._errors import explain, suggest
 from jzero._tree import is_float
-from pallas_kernels.rounding import to_bfloat16
+from pallas_kernels import rounding
 
 
 class PrecisionPolicy(NamedTuple):
@@ -84,12 +84,13 @@ def cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if is_float(leaf) else leaf, tree)
 
 
-def round_stochastically(value: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
+def round_stochastically(value: jax.Array, dtype: Any, seed: jax.Array) -> jax.Array:
     """`value` (float32) rounded to a neighbour in bfloat16 with probability by distance, so that the mean is kept.
 
-    Infinities and NaN pass.
+    The noise is a function of an element's index and the seed (of `rounding.fold`), so all shardings round alike. Infinities
+    and NaN pass.
     """
     if jnp.dtype(dtype) != jnp.bfloat16:
         return value.astype(dtype)
-    noise = jax.random.bits(key, value.shape, jnp.uint16).astype(jnp.uint32)
-    return to_bfloat16(value.astype(jnp.float32), noise)
+    noise = rounding.bits(rounding.places(value.shape), seed) >> 16
+    return rounding.to_bfloat16(value.astype(jnp.float32), noise)
