@@ -1,8 +1,8 @@
 """Stochastic rounding by position: noise that is a function of an element's place and a seed, and what adds it.
 
-Noise by counter needs no state and no memory: reference and kernels, one device and many, any tiling, all round an element alike.
-Rounded up or down with probability by distance, a value keeps its mean (Gupta et al., Deep Learning with Limited Numerical
-Precision, 2015).
+Noise by counter needs no state and no memory: reference and kernels, one device and many, any tiling, all round an element
+alike. Rounded up or down with probability by distance, a value keeps its mean (Gupta et al., Deep Learning with Limited
+Numerical Precision, 2015).
 """
 
 from typing import Any
@@ -17,7 +17,8 @@ _GOLDEN = np.uint32(0x9E3779B9)  # 2^32 over the golden ratio: consecutive numbe
 def mix(x: jax.Array) -> jax.Array:
     """A bijection of 32 bits in which every bit depends on every bit: two multiplications.
 
-    Wellons, Prospecting for Hash Functions, 2018 ("lowbias32": each input bit flips each output bit with probability 1/2 to 0.0008).
+    Wellons, Prospecting for Hash Functions, 2018 ("lowbias32": each input bit flips each output bit with probability 1/2 to
+    0.0008).
     """
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
@@ -33,7 +34,7 @@ def fold(seed: Any, *numbers: Any) -> jax.Array:
 
 
 def bits(place: jax.Array, seed: Any) -> jax.Array:
-    """32 random bits for each place. `seed` is one that `fold` made: of raw counters, neighbours would share a noise moved about."""
+    """32 random bits for each place. `seed` is one that `fold` made: raw counters would share a noise moved about."""
     return mix(place ^ seed)
 
 

@@ -1,4 +1,4 @@
-"""`fused_adamw`, `fused_lion`: optax transformations whose update is one pass over memory per leaf, or per bucket of small ones."""
+"""`fused_adamw`, `fused_lion`: optax transformations whose update is one pass over memory."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from jzero._errors import explain, suggest
 from jzero._tree import is_float, num_elements
 from jzero.optim import blocks
 from pallas_kernels import fused_optimizer
+from pallas_kernels.fused_optimizer.buckets import BELOW
 
 MOMENTS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "8bit": jnp.uint8}
 FORMATS = {"mu": True, "nu": False}  # name of a moment -> whether it has a sign
@@ -41,7 +42,8 @@ _LION = _Kind("jzero.optim.fused_lion", ("mu",), fused_optimizer.lion)
 
 def fused_adamw(
     learning_rate: Rate, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, eps_root: Any = 0.0, *, weight_decay: Any = 1e-4,
-    mask: Any = None, moments: str = "float32", min_elements: int = 4096, seed: int = 0, implementation: str | None = None,
+    mask: Any = None, moments: str = "float32", min_elements: int = 4096, seed: int = 0,
+    bucket_below: int = BELOW, implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """`optax.adamw`, the whole update of an element at once: unscale, clip, moments, bias, decay and rate.
 
@@ -58,11 +60,14 @@ def fused_adamw(
       moments: at rest "float32"; "bfloat16" (rounded stochastically); "8bit" (block-wise, `jzero.optim.blocks`).
       min_elements: with "8bit", smaller leaves keep float32. Without it an error, for it would do nothing.
       seed: of the noise, which depends on it, the count, the leaf and the element's place; not on the mesh.
-      implementation: of `pallas_kernels.fused_optimizer.adamw`: None chooses and reports say which. On one GPU or TPU, once a kernel has
-        run there, leaves below 65,536 elements share one launch; where arrays may be split, XLA's form leaf by leaf is taken.
+      implementation: of `pallas_kernels.fused_optimizer.adamw`: None chooses, and reports say which. A kernel is taken on one
+      GPU
+        or TPU, once it has run there; where arrays may be split, XLA's form leaf by leaf.
+      bucket_below: leaves of fewer elements share one launch of a kernel; 0 for a step whose state is offloaded leaf by leaf.
 
     Returns:
-      A transformation; `update` takes `factor=` too: what gradients are multiplied by, to unscale and clip them in the same pass.
+      A transformation; `update` takes `factor=` too: what gradients are multiplied by, to unscale and clip them in the same
+      pass.
 
     Raises:
       ValueError: unknown `moments`, settings without effect, an update without parameters, a mask that does not fit.
@@ -79,12 +84,13 @@ def fused_adamw(
       Loshchilov, Hutter: Decoupled Weight Decay Regularization, 2019.
     """
     numbers = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
-    return _transformation(_ADAMW, learning_rate, weight_decay, numbers, mask, moments, min_elements, seed, implementation)
+    run = {"seed": seed, "bucket_below": bucket_below, "implementation": implementation}
+    return _transformation(_ADAMW, learning_rate, weight_decay, numbers, mask, moments, min_elements, run)
 
 
 def fused_lion(
     learning_rate: Rate, b1: Any = 0.9, b2: Any = 0.99, *, weight_decay: Any = 1e-3, mask: Any = None, moments: str = "float32",
-    min_elements: int = 4096, seed: int = 0, implementation: str | None = None,
+    min_elements: int = 4096, seed: int = 0, bucket_below: int = BELOW, implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """`optax.lion`, as `fused_adamw` is optax.adamw.
 
@@ -101,16 +107,17 @@ def fused_lion(
       Chen et al.: Symbolic Discovery of Optimization Algorithms, 2023.
     """
     numbers = {"b1": b1, "b2": b2}
-    return _transformation(_LION, learning_rate, weight_decay, numbers, mask, moments, min_elements, seed, implementation)
+    run = {"seed": seed, "bucket_below": bucket_below, "implementation": implementation}
+    return _transformation(_LION, learning_rate, weight_decay, numbers, mask, moments, min_elements, run)
 
 
 def _transformation(
-    kind: _Kind, rate: Rate, decay: Any, numbers: dict[str, Any], mask: Any, moments: str, min_elements: int, seed: int,
-    implementation: str | None,
+    kind: _Kind, rate: Rate, decay: Any, numbers: dict[str, Any], mask: Any, moments: str, min_elements: int,
+    run: dict[str, Any],
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     _check(kind.who, moments, min_elements)
 
-    def init(params: Any) -> FusedState:
+    def init(params: Any) -> Any:
         leaves, treedef = jax.tree.flatten(params)
         kept, scales = [], []
         for name in kind.names:
@@ -119,17 +126,15 @@ def _transformation(
             scales += [scale for _, scale in made]
         return FusedState(jnp.zeros((), jnp.int32), kept[0], kept[1] if len(kept) > 1 else None, tuple(scales))
 
-    def update(updates: Any, state: FusedState, params: Any = None, *, factor: Any = 1.0, **extra: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         if params is None:
             fix = "Call tx.update(grads, state, params)."
             raise ValueError(explain(kind.who, "decay and rounding need the parameters", found=["params=None"], fix=fix))
-        count = state.count + 1
+        count = jnp.asarray(optax.safe_increment(state.count))
         treedef = jax.tree.structure(updates)
         leaves = _leaves(kind, updates, state, params, _decays(kind.who, mask, params))
         now = rate(state.count) if callable(rate) else rate
-        found = kind.update(
-            leaves, rate=now, count=count, decay=decay, factor=factor, seed=seed, implementation=implementation, **numbers
-        )
+        found = kind.update(leaves, rate=now, count=count, decay=decay, factor=extra.get("factor", 1.0), **numbers, **run)
         trees = [jax.tree.unflatten(treedef, [one.moments[i] for one in found]) for i in range(len(kind.names))]
         scales = tuple(one.scales[i] if one.scales else None for i in range(len(kind.names)) for one in found)
         after = FusedState(count, trees[0], trees[1] if len(trees) > 1 else None, scales)
@@ -154,9 +159,8 @@ def _leaves(kind: _Kind, updates: Any, state: FusedState, params: Any, decays: l
     for index, (grad, param) in enumerate(zip(grads, values, strict=True)):
         own = tuple(each[index] for each in scales)
         cut = blocks.Shape.of(param.shape) if own[0] is not None else None
-        where = {} if cut is None else {"scales": own, "dim": cut.dim, "block": cut.block}
-        moments = tuple(each[index] for each in kept)
-        leaves.append(fused_optimizer.Leaf(param, grad, moments, decays=decays[index], **where))
+        leaf = fused_optimizer.Leaf(param, grad, tuple(each[index] for each in kept), decays=decays[index])
+        leaves.append(leaf if cut is None else leaf._replace(scales=own, dim=cut.dim, block=cut.block))
     return leaves
 
 

@@ -1,8 +1,8 @@
 """One pass over an array in blocks of its rows, as a TPU or a GPU kernel, with a number per block in and out.
 
-A body is plain jnp on the values of some blocks. A TPU takes a block's columns of a tile of rows [R, w], a GPU a warp for each of four
-blocks [4, w]; `Along` says how to reduce along a block and how to spread a number over it again. Quantizers and optimizers run
-in it: what they hold in 8 bits needs each block's scale.
+A body is plain jnp on the values of some blocks. A TPU takes a block's columns of a tile of rows [R, w], a GPU a warp for each
+of four blocks [4, w]; `Along` says how to reduce along a block and how to spread a number over it again. Quantizers and
+optimizers run in it: what they hold in 8 bits needs each block's scale.
 """
 
 from collections.abc import Callable, Sequence

@@ -29,13 +29,13 @@ def run(
     one: BlockPass, arrays: Sequence[jax.Array], scales: Sequence[jax.Array] = (), numbers: jax.Array | None = None,
     seeds: jax.Array | None = None, *, interpret: bool = False,
 ) -> list[jax.Array]:  # fmt: skip
-    """arrays [M, P k piece], scales [M, P], numbers float32[n], seeds uint32[m] -> outputs [M, P width], scales float32[M, P]."""
+    """Outputs [M, P width], then scales float32[M, P], from arrays [M, P k piece], scales [M, P], float32[n] and uint32[m]."""
     plgpu, piece, layout = mosaic(), one.piece, layout_of(one.piece)
     num_rows = arrays[0].shape[0]
     num_parts = _num_parts(one, arrays, scales)
     num_blocks = num_rows * num_parts
     more = max(_WARPS - num_blocks, 0)  # fewer blocks than warps: filled up, and cut off again
-    blocked = [_filled(array.reshape(num_blocks, -1), more) for array in arrays]
+    blocked: list[Any] = [_filled(array.reshape(num_blocks, -1), more) for array in arrays]
     scaled = [_filled(array.reshape(num_blocks), more) for array in scales]
     total, given = num_blocks + more, [array for array in (numbers, seeds) if array is not None]
     # In place no block may be done twice.
@@ -48,11 +48,9 @@ def run(
     )
 
     def kernel(*refs: Any) -> None:
-        refs, ins = list(refs), []
-        for _ in (blocked, scaled, given):
-            ins.append(refs[: len(_)])
-            del refs[: len(_)]
-        array_refs, scale_refs, given_refs = ins
+        array_refs, refs = refs[: len(blocked)], refs[len(blocked) :]
+        scale_refs, refs = refs[: len(scaled)], refs[len(scaled) :]
+        given_refs, refs = refs[: len(given)], refs[len(given) :]
         # The last program's blocks may lie beyond the end: it then takes the last four, some of them a second time.
         first = jnp.minimum(jax.lax.axis_index("programs") * _WARPS, total - _WARPS)
         rows = pl.ds(first, _WARPS)

@@ -1,16 +1,16 @@
-"""AdamW and Lion in one pass over memory: unscale, clip, moments in 32, 16 or 8 bits, decay, the new parameter and a copy of it."""
+"""AdamW and Lion in one pass over memory: unscale, clip, moments in 32, 16 or 8 bits, decay, the parameter and a copy of it."""
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels import blocks, rounding
 from pallas_kernels._errors import explain, short
 from pallas_kernels.dispatch import Call, Implementation, Op
 from pallas_kernels.fused_optimizer import body, buckets, gpu, reference, tpu
+from pallas_kernels.fused_optimizer.buckets import BELOW
 from pallas_kernels.fused_optimizer.call import How
 from pallas_kernels.fused_optimizer.rules import RULES
 from pallas_kernels.quantize.cut import num_blocks
@@ -79,7 +79,7 @@ class Updated(NamedTuple):
 
 def adamw(
     leaves: Sequence[Leaf], *, rate: Any, count: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, eps_root: Any = 0.0,
-    decay: Any = 1e-4, factor: Any = 1.0, seed: Any = 0, returns: str = "updates", copy: Any = None,
+    decay: Any = 1e-4, factor: Any = 1.0, seed: Any = 0, returns: str = "updates", copy: Any = None, bucket_below: int = BELOW,
     implementation: str | None = None,
 ) -> list[Updated]:  # fmt: skip
     """AdamW of many leaves, each element of which is read once and written once.
@@ -87,13 +87,13 @@ def adamw(
         g = factor grad,   m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
         update = -rate ((m / (1 - b1^count)) / (sqrt(v / (1 - b2^count) + eps_root) + eps) + decay param)
 
-    Arithmetic is float32's (float64 stays). What is stored in bfloat16 (moments, a parameter, the copy) is rounded stochastically
-    by `seed`, `count`, the leaf's index and the element's place in the leaf (in its bucket, for a kernel), so that its mean is
-    kept; moments in 8 bits go to the nearest value of their map. 28 bytes a parameter with float32 throughout.
+    Arithmetic is float32's (float64 stays). What is stored in bfloat16 (moments, a parameter, the copy) is rounded
+    stochastically by `seed`, `count`, the leaf's index and the element's place in the leaf (in its bucket, for a kernel), so
+    that its mean is kept; moments in 8 bits go to the nearest value of their map. 28 bytes a parameter with float32 throughout.
 
-    Kernels put leaves below 65,536 elements (and those that are no whole number of blocks) side by side into one bucket, so that
-    a model of hundreds of small leaves takes a few launches; the reference takes leaf by leaf, which moves nothing and lets XLA
-    split each as it lies. Where arrays may be split over devices kernels are not chosen: they would be gathered.
+    Kernels take leaves below `bucket_below` elements (and those that are no whole number of blocks) side by side in one array,
+    so that a model of hundreds of small leaves takes a few launches; the reference takes leaf by leaf, which moves nothing and
+    lets XLA split each as it lies. Where arrays may be split over devices kernels are not chosen: they would be gathered.
 
     Args:
       leaves: float parameters and gradients of one shape each.
@@ -101,6 +101,7 @@ def adamw(
       count: of this update, from 1.
       returns: "updates" (float32, to be added), or "params".
       copy: such as jnp.bfloat16: the new parameter a second time, for the next forward pass.
+      bucket_below: elements; 0 takes every leaf by itself.
       implementation: "reference", "mosaic_gpu" or "mosaic_tpu" for all leaves.
 
     Raises:
@@ -118,12 +119,12 @@ def adamw(
     """
     numbers = {"rate": rate, "b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, "decay": decay, "factor": factor}
     numbers |= {"correction1": 1 - b1**count, "correction2": 1 - b2**count}
-    return _update("adamw", ADAMW, leaves, numbers, count, seed, returns, copy, implementation)
+    return _update("adamw", ADAMW, leaves, numbers, count, seed, returns, copy, bucket_below, implementation)
 
 
 def lion(
     leaves: Sequence[Leaf], *, rate: Any, count: Any, b1: Any = 0.9, b2: Any = 0.99, decay: Any = 1e-3, factor: Any = 1.0,
-    seed: Any = 0, returns: str = "updates", copy: Any = None, implementation: str | None = None,
+    seed: Any = 0, returns: str = "updates", copy: Any = None, bucket_below: int = BELOW, implementation: str | None = None,
 ) -> list[Updated]:  # fmt: skip
     """Lion of many leaves, as `adamw` otherwise; `count` only seeds the noise.
 
@@ -139,12 +140,12 @@ def lion(
       Chen et al.: Symbolic Discovery of Optimization Algorithms, 2023.
     """
     numbers = {"rate": rate, "b1": b1, "b2": b2, "decay": decay, "factor": factor}
-    return _update("lion", LION, leaves, numbers, count, seed, returns, copy, implementation)
+    return _update("lion", LION, leaves, numbers, count, seed, returns, copy, bucket_below, implementation)
 
 
 def _update(
     rule: str, op: Op, leaves: Sequence[Leaf], numbers: dict[str, Any], count: Any, seed: Any, returns: str, copy: Any,
-    implementation: str | None,
+    bucket_below: int, implementation: str | None,
 ) -> list[Updated]:  # fmt: skip
     _check(rule, leaves, returns)
     if not leaves:
@@ -169,7 +170,7 @@ def _update(
         options = How(returns, copy, tuple(sorted(constants.items())), tuple(program), 0, leaf.block)
         return op.would_be(leaf.param, leaf.grad, *leaf.moments, **options._asdict()).platform is not None
 
-    return [_unpacked(each, len(leaves[0].moments), copy) for each in buckets.run(leaves, run, takes_kernel)]
+    return [_unpacked(each, len(leaves[0].moments), copy) for each in buckets.run(leaves, run, takes_kernel, bucket_below)]
 
 
 def _unpacked(found: Sequence[Any], num_moments: int, copy: Any) -> Updated:

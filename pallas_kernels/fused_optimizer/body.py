@@ -52,9 +52,10 @@ def _step(rule: Rule, how: How, dtypes: tuple[Any, ...], has_scales: bool, value
 def update(run: Run, name: str, *arrays: jax.Array, interpret: bool, **options: Any) -> tuple[jax.Array, ...]:
     rule, how = rule_of(name), How(**options)
     param, grad, moments, scales, numbers, seed = how.given(rule, arrays)
-    length = row_length(param.shape, has_scales=bool(scales))
+    length = row_length(param.shape, has_scales=bool(scales)) or 0
     rows = [_rows(array, length) for array in (param, grad, *moments)]
     block = how.block if scales else block_of(length)
+    assert block is not None  # `_fits` of the dispatch
     dtypes, value_dtype = tuple(moment.dtype for moment in moments), how.value_dtype(param)
     outs = [value_dtype, *dtypes, *([how.copy] if how.copy is not None else [])]
     noisy = how.needs_noise(param, moments)
@@ -63,8 +64,8 @@ def update(run: Run, name: str, *arrays: jax.Array, interpret: bool, **options: 
     in_place += ((0, 0),) if how.returns == "params" else ()
     one = BlockPass(body, block, block, [Out(dtype, block) for dtype in outs], len(scales), noisy, in_place)
     found = run(
-        one, rows, [_rows(scale, scale.shape[-1]) for scale in scales], jnp.stack(numbers).astype(jnp.float32) if numbers else None,
-        jnp.stack(seeds_of(seed)) if noisy else None, interpret=interpret,
+        one, rows, [_rows(scale, scale.shape[-1]) for scale in scales], jnp.stack(numbers).astype(jnp.float32) if numbers else
+        None, jnp.stack(seeds_of(seed)) if noisy else None, interpret=interpret,
     )  # fmt: skip
     value, *kept = [array.reshape(param.shape) for array in found[: len(outs)]]
     more = [array.reshape(scale.shape) for array, scale in zip(found[len(outs) :], scales, strict=True)]

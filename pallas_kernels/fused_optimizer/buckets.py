@@ -14,14 +14,16 @@ import jax.numpy as jnp
 
 from pallas_kernels.fused_optimizer import body
 
-SMALL = 2**16  # elements: a launch costs as much as some 100,000 elements of AdamW at 3 TB/s
+BELOW = 2**16  # elements: AdamW of 100,000 takes one launch's microsecond at 3 TB/s
 WIDTH = 1024  # of a bucket's rows
 
 
-def run(leaves: Sequence[Any], update: Callable[[Any, int], tuple[Any, ...]], takes_kernel: Callable[[Any], bool]) -> list[Any]:
+def run(
+    leaves: Sequence[Any], update: Callable[[Any, int], tuple[Any, ...]], takes_kernel: Callable[[Any], bool], below: int
+) -> list[Any]:  # fmt: skip
     """What `update(leaf, index)` gives for each leaf, small ones through a common bucket where a kernel takes it."""
     found: list[Any] = [None] * len(leaves)
-    for members, is_bucket in groups(leaves, takes_kernel):
+    for members, is_bucket in groups(leaves, takes_kernel, below):
         if not is_bucket:
             found[members[0]] = update(leaves[members[0]], members[0])
             continue
@@ -31,11 +33,11 @@ def run(leaves: Sequence[Any], update: Callable[[Any, int], tuple[Any, ...]], ta
     return found
 
 
-def groups(leaves: Sequence[Any], takes_kernel: Callable[[Any], bool]) -> list[tuple[list[int], bool]]:
+def groups(leaves: Sequence[Any], takes_kernel: Callable[[Any], bool], below: int) -> list[tuple[list[int], bool]]:
     """Indices of leaves that are updated together, in the order of their first, and whether they need a bucket."""
     small, alone = defaultdict(list), []
     for index, leaf in enumerate(leaves):
-        if not leaf.scales and (leaf.param.size < SMALL or misfits(leaf)) and takes_kernel(_stand_in(leaf)):
+        if below and not leaf.scales and (leaf.param.size < below or misfits(leaf)) and takes_kernel(_stand_in(leaf)):
             dtypes = tuple(str(array.dtype) for array in (leaf.param, leaf.grad, *leaf.moments))
             small[dtypes, leaf.decays].append(index)
         else:

@@ -24,7 +24,7 @@ class Given(NamedTuple):
 class How(NamedTuple):
     """Options of a call; they are static.
 
-    returns: "updates" or "params". copy: dtype of a second copy of the new parameter, or None. constants: numbers that are known.
+    returns: "updates" or "params". copy: dtype of a second copy of the new parameter, or None. constants: known numbers.
     names: of the others. dim, block: of blocks of moments in 8 bits.
     """
 

@@ -1,4 +1,4 @@
-"""Fused optimizers on GPUs (Mosaic GPU): a warp reads 256 elements of every array and writes them, nothing between touches memory."""
+"""Fused optimizers on GPUs (Mosaic GPU): a warp reads 256 elements of every array once and writes them once."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The definition, element by element, on leaves of any shape: XLA makes one pass of it, split over devices as its operands are."""
+"""The definition, element by element, on leaves of any shape: XLA makes one pass of it, split as its operands are."""
 
 from functools import partial
 from typing import Any

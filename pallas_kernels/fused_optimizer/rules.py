@@ -6,7 +6,8 @@ g is the gradient times `factor` (what unscales and clips it), t the number of t
             update = -rate ((m / (1 - b1^t)) / (sqrt(v / (1 - b2^t) + eps_root) + eps) + decay p)
     Lion    update = -rate (sign(b1 m + (1 - b1) g) + decay p),   m = b2 m + (1 - b2) g
 
-Loshchilov, Hutter: Decoupled Weight Decay Regularization, 2019. Chen et al.: Symbolic Discovery of Optimization Algorithms, 2023.
+Loshchilov, Hutter: Decoupled Weight Decay Regularization, 2019. Chen et al.: Symbolic Discovery of Optimization Algorithms,
+2023.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""From the largest magnitude of a block to its scale, from values to codes and back: what the reference and both kernels run."""
+"""From the largest magnitude of a block to its scale, from values to codes and back: the reference and both kernels run it."""
 
 import jax
 import jax.numpy as jnp

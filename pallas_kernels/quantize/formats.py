@@ -1,7 +1,7 @@
 """The small numbers: what each can say, and its code from a float32 and back, by arithmetic that every device has.
 
-Codes are made from the bits of a float32, not by a device's conversion: TPU v5e has none for 8-bit floats, a GPU's saturates, none
-rounds stochastically. Nearest means ties to even, as IEEE 754 and `astype` have it.
+Codes are made from the bits of a float32, not by a device's conversion: TPU v5e has none for 8-bit floats, a GPU's saturates,
+none rounds stochastically. Nearest means ties to even, as IEEE 754 and `astype` have it.
 """
 
 from collections.abc import Callable
