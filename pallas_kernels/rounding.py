@@ -27,10 +27,15 @@ def mix(x: jax.Array) -> jax.Array:
 
 def fold(seed: Any, *numbers: Any) -> jax.Array:
     """A seed for each of some numbers (a leaf's index, a step's), uint32[]."""
-    seed = jnp.asarray(seed).astype(jnp.uint32)
+    seed = _word(seed)
     for number in numbers:
-        seed = mix(seed * _GOLDEN + jnp.asarray(number).astype(jnp.uint32))
+        seed = mix(seed * _GOLDEN + _word(number))
     return mix(seed + _GOLDEN)
+
+
+def _word(number: Any) -> jax.Array:
+    """Any integer modulo 2^32."""
+    return jnp.asarray(np.uint32(number % 2**32) if isinstance(number, int) else number).astype(jnp.uint32)
 
 
 def bits(place: jax.Array, seed: Any) -> jax.Array:

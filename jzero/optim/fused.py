@@ -42,8 +42,8 @@ _LION = _Kind("jzero.optim.fused_lion", ("mu",), fused_optimizer.lion)
 
 def fused_adamw(
     learning_rate: Rate, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, eps_root: Any = 0.0, *, weight_decay: Any = 1e-4,
-    mask: Any = None, moments: str = "float32", min_elements: int = 4096, seed: int = 0,
-    bucket_below: int = BELOW, implementation: str | None = None,
+    mask: Any = None, moments: str = "float32", min_elements: int | None = None, seed: int = 0,
+    bucket_below: int | None = None, implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """`optax.adamw`, the whole update of an element at once: unscale, clip, moments, bias, decay and rate.
 
@@ -58,12 +58,12 @@ def fused_adamw(
       learning_rate: a number or a schedule of the count.
       mask: a bool pytree like the parameters, or a function that makes one: where decay applies.
       moments: at rest "float32"; "bfloat16" (rounded stochastically); "8bit" (block-wise, `jzero.optim.blocks`).
-      min_elements: with "8bit", smaller leaves keep float32. Without it an error, for it would do nothing.
+      min_elements: with "8bit", smaller leaves keep float32 (default 4,096). Without it an error, for it would do nothing.
       seed: of the noise, which depends on it, the count, the leaf and the element's place; not on the mesh.
       implementation: of `pallas_kernels.fused_optimizer.adamw`: None chooses, and reports say which. A kernel is taken on one
       GPU
         or TPU, once it has run there; where arrays may be split, XLA's form leaf by leaf.
-      bucket_below: leaves of fewer elements share one launch of a kernel; 0 for a step whose state is offloaded leaf by leaf.
+      bucket_below: leaves of fewer elements (default 65,536) share one launch of a kernel; 0 for a step whose state is offloaded leaf by leaf.
 
     Returns:
       A transformation; `update` takes `factor=` too: what gradients are multiplied by, to unscale and clip them in the same
@@ -84,13 +84,13 @@ def fused_adamw(
       Loshchilov, Hutter: Decoupled Weight Decay Regularization, 2019.
     """
     numbers = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
-    run = {"seed": seed, "bucket_below": bucket_below, "implementation": implementation}
+    run = {"seed": seed, "bucket_below": BELOW if bucket_below is None else bucket_below, "implementation": implementation}
     return _transformation(_ADAMW, learning_rate, weight_decay, numbers, mask, moments, min_elements, run)
 
 
 def fused_lion(
     learning_rate: Rate, b1: Any = 0.9, b2: Any = 0.99, *, weight_decay: Any = 1e-3, mask: Any = None, moments: str = "float32",
-    min_elements: int = 4096, seed: int = 0, bucket_below: int = BELOW, implementation: str | None = None,
+    min_elements: int | None = None, seed: int = 0, bucket_below: int | None = None, implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """`optax.lion`, as `fused_adamw` is optax.adamw.
 
@@ -107,21 +107,21 @@ def fused_lion(
       Chen et al.: Symbolic Discovery of Optimization Algorithms, 2023.
     """
     numbers = {"b1": b1, "b2": b2}
-    run = {"seed": seed, "bucket_below": bucket_below, "implementation": implementation}
+    run = {"seed": seed, "bucket_below": BELOW if bucket_below is None else bucket_below, "implementation": implementation}
     return _transformation(_LION, learning_rate, weight_decay, numbers, mask, moments, min_elements, run)
 
 
 def _transformation(
-    kind: _Kind, rate: Rate, decay: Any, numbers: dict[str, Any], mask: Any, moments: str, min_elements: int,
+    kind: _Kind, rate: Rate, decay: Any, numbers: dict[str, Any], mask: Any, moments: str, min_elements: int | None,
     run: dict[str, Any],
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     _check(kind.who, moments, min_elements)
 
     def init(params: Any) -> Any:
         leaves, treedef = jax.tree.flatten(params)
-        kept, scales = [], []
+        kept, scales, least = [], [], 4096 if min_elements is None else min_elements
         for name in kind.names:
-            made = [_zeros(leaf, moments, min_elements, name) for leaf in leaves]
+            made = [_zeros(leaf, moments, least, name) for leaf in leaves]
             kept.append(jax.tree.unflatten(treedef, [values for values, _ in made]))
             scales += [scale for _, scale in made]
         return FusedState(jnp.zeros((), jnp.int32), kept[0], kept[1] if len(kept) > 1 else None, tuple(scales))
@@ -176,10 +176,10 @@ def _decays(who: str, mask: Any, params: Any) -> list[bool]:
     return [bool(leaf) for leaf in jax.tree.leaves(found)]
 
 
-def _check(who: str, moments: str, min_elements: int) -> None:
+def _check(who: str, moments: str, min_elements: int | None) -> None:
     if moments not in MOMENTS:
         found, fix = [f"moments={moments!r}"], "Name one of them."
         raise ValueError(explain(who, "no such moments", found=found, context=suggest(moments, MOMENTS), fix=fix))
-    if moments != "8bit" and min_elements != 4096:
+    if moments != "8bit" and min_elements is not None:
         found, fix = [f"min_elements={min_elements} with moments={moments!r}"], "Leave it out, or pass moments='8bit'."
         raise ValueError(explain(who, "a setting without effect", found=found, fix=fix))

@@ -119,7 +119,7 @@ def _coarse(path, leaf, resolution):
 
 
 def covered():
-    """Every pair of factors. Compressed moments, whose programs compile longest, are slow but at stage 3; fused ones but one."""
+    """Every pair. Compressed moments, whose programs compile longest, are slow but at stage 3; fused ones but one."""
     plain = lambda entry: entry["optimizer"] == "fused_adamw" and (entry["stage"], entry["mesh"]) == (1, "8")
     is_fused = lambda entry: entry["optimizer"].startswith("fused") and not plain(entry)
     late = lambda entry: is_fused(entry) or (entry["optimizer"] in RESOLUTION and entry["stage"] < 3)
