@@ -58,12 +58,12 @@ def fused_adamw(
       learning_rate: a number or a schedule of the count.
       mask: a bool pytree like the parameters, or a function that makes one: where decay applies.
       moments: at rest "float32"; "bfloat16" (rounded stochastically); "8bit" (block-wise, `jzero.optim.blocks`).
-      min_elements: with "8bit", smaller leaves keep float32 (default 4,096). Without it an error, for it would do nothing.
+      min_elements: with "8bit", smaller leaves keep float32 (default 4,096); with others an error: it would do nothing.
       seed: of the noise, which depends on it, the count, the leaf and the element's place; not on the mesh.
       implementation: of `pallas_kernels.fused_optimizer.adamw`: None chooses, and reports say which. A kernel is taken on one
-      GPU
-        or TPU, once it has run there; where arrays may be split, XLA's form leaf by leaf.
-      bucket_below: leaves of fewer elements (default 65,536) share one launch of a kernel; 0 for a step whose state is offloaded leaf by leaf.
+        GPU or TPU, once it has run there; where arrays may be split, XLA's form leaf by leaf.
+      bucket_below: leaves of fewer elements (default 65,536) share one launch of a kernel; 0 where the state is offloaded, leaf
+        by leaf.
 
     Returns:
       A transformation; `update` takes `factor=` too: what gradients are multiplied by, to unscale and clip them in the same

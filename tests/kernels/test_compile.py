@@ -99,8 +99,9 @@ def test_quantizers_compile(target, name, format, is_stochastic):
 
     compiled = compile_for(target, both, (shape, jnp.bfloat16), (shape, jnp.float32))
     assert num_kernels(target, compiled.as_text()) == 2
-    # Nothing of the array's size in between: what is left over are scales in another layout.
-    assert compiled.memory_analysis().temp_size_in_bytes <= shape[0] * shape[1] // 16
+    # Nothing of the array's size in between but scales in another layout; on a TPU bytes that become 8-bit floats are copied.
+    copies = "tpu" in TARGETS[target] and format.startswith("float8")
+    assert compiled.memory_analysis().temp_size_in_bytes <= shape[0] * shape[1] * (copies + 1 / 16)
 
 
 def optimizer_cases():
