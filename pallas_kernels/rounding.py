@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-_GOLDEN = np.uint32(0x9E3779B9)  # 2^32 over the golden ratio: consecutive numbers land far apart
+from pallas_kernels._scalars import float32, uint32
+
+_GOLDEN = uint32(0x9E3779B9)  # 2^32 over the golden ratio: consecutive numbers land far apart
 
 
 def mix(x: jax.Array) -> jax.Array:
@@ -20,9 +21,9 @@ def mix(x: jax.Array) -> jax.Array:
     Wellons, Prospecting for Hash Functions, 2018 ("lowbias32": each input bit flips each output bit with probability 1/2 to
     0.0008).
     """
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
+    x = (x ^ (x >> uint32(16))) * uint32(0x7FEB352D)
+    x = (x ^ (x >> uint32(15))) * uint32(0x846CA68B)
+    return x ^ (x >> uint32(16))
 
 
 def fold(seed: Any, *numbers: Any) -> jax.Array:
@@ -35,7 +36,7 @@ def fold(seed: Any, *numbers: Any) -> jax.Array:
 
 def _word(number: Any) -> jax.Array:
     """Any integer modulo 2^32."""
-    return jnp.asarray(np.uint32(number % 2**32) if isinstance(number, int) else number).astype(jnp.uint32)
+    return jnp.asarray(uint32(number % 2**32) if isinstance(number, int) else number).astype(jnp.uint32)
 
 
 def bits(place: jax.Array, seed: Any) -> jax.Array:
@@ -47,14 +48,14 @@ def places(shape: tuple[int, ...]) -> jax.Array:
     """The flat index of every element modulo 2^32, without a reshape, so that it is made shard by shard."""
     place, stride = jnp.zeros(shape, jnp.uint32), 1
     for dim in reversed(range(len(shape))):
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * np.uint32(stride % 2**32)
+        place = place + jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * uint32(stride % 2**32)
         stride *= shape[dim]
     return place
 
 
 def unit(noise: jax.Array) -> jax.Array:
     """The upper 24 bits as a float32 in [0, 1)."""
-    return (noise >> np.uint32(8)).astype(jnp.int32).astype(jnp.float32) * np.float32(2**-24)
+    return (noise >> uint32(8)).astype(jnp.int32).astype(jnp.float32) * float32(2**-24)
 
 
 def to_bfloat16(value: jax.Array, noise: jax.Array) -> jax.Array:
@@ -63,5 +64,5 @@ def to_bfloat16(value: jax.Array, noise: jax.Array) -> jax.Array:
     bfloat16 is float32's upper half: noise is added below it, and the lower half cut off.
     """
     raw = jax.lax.bitcast_convert_type(value, jnp.uint32)
-    rounded = jax.lax.bitcast_convert_type((raw + noise) & np.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.abs(value) < np.float32(np.inf), rounded, value).astype(jnp.bfloat16)
+    rounded = jax.lax.bitcast_convert_type((raw + noise) & uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.abs(value) < float32("inf"), rounded, value).astype(jnp.bfloat16)

@@ -78,7 +78,7 @@ def fused_adamw(
       >>> tx = fused_adamw(0.1)
       >>> updates, state = tx.update(params, tx.init(params), params, factor=0.5)
       >>> print(updates["w"][0, 0], state.mu["w"][0, 0])
-      -0.10001 0.05
+      -0.10000934 0.05
 
     References:
       Loshchilov, Hutter: Decoupled Weight Decay Regularization, 2019.

@@ -101,7 +101,8 @@ def test_quantizers_compile(target, name, format, is_stochastic):
     assert num_kernels(target, compiled.as_text()) == 2
     # Nothing of the array's size in between but scales in another layout; on a TPU bytes that become 8-bit floats are copied.
     copies = "tpu" in TARGETS[target] and format.startswith("float8")
-    assert compiled.memory_analysis().temp_size_in_bytes <= shape[0] * shape[1] * (copies + 1 / 16)
+    scales = 2 * shape[0] * 512  # a row of scales takes 128 columns of float32 in memory, however few there are
+    assert compiled.memory_analysis().temp_size_in_bytes <= shape[0] * shape[1] * copies + scales
 
 
 def optimizer_cases():
