@@ -44,7 +44,7 @@ def test_changes_are_compiled_until_one_fits(monkeypatch):
     peaks = iter([10**12, 10**9, 0])
     monkeypatch.setattr(compiled, "compile_job", lambda one: {"peak_bytes": next(peaks)})
     wanted = fit.changes(job)
-    found = fit.compiled_changes(wanted, room=4 * 10**10)
+    found = fit.compiled_changes(wanted, limit=4 * 10**10)
     assert found[0].flags == wanted[1].flags
     assert found[0].compiled_peak_bytes == 10**9
     assert wanted[0].flags not in [one.flags for one in found]

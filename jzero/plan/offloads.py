@@ -226,6 +226,10 @@ def moments(job: Job, away: Away, found: dict[str, Moment]) -> dict[str, Moment]
     worked = max(trip.worked for trip in away.trips)
     update = {"gradients handed over": away.grads, "buckets": max(away.pair, worked)}
     every = {"head": head, "backward": backward, "update": update}
+    size = moment.sizes(job)
+    if away.fetched and size.compute == size.param:  # nothing is cast: what was fetched is what the step works with
+        for one in (head, backward):
+            one["working copy"] += away.fetched
     if away.fetched:
         every["fetch"] = {"working copy": head["working copy"], "largest leaf": away.largest_param, **handed}
     return every
