@@ -60,11 +60,12 @@ def main() -> None:
     both = [row(case, k, job_of(case, alone.model, k)) for k in MICROBATCHES[1:] for case in (CASES[0], MOMENTS, EIGHT)]
     same = [row(EIGHT, k, job_of(EIGHT, "llama-8b", k)) for k in MICROBATCHES]
     times_more = closed.num_params(most.config) / closed.num_params(largest[CASES[0], 1].config)
-    claimed = f"{billions(most)} on one H100 of 80 GB with {most_host(most)} of host memory, {times_more:.1f} times what the device trains"
-    speeds = [speed_of(case, alone.model, 16) / speed_of(CASES[0], alone.model, 16) for case in (MOMENTS, EIGHT)]
+    said = f"{billions(most)} on one H100 of 80 GB with {most_host(most)} of host memory"
+    claimed = f"{said}, {times_more:.1f} times what the device alone trains"
     parts = {
         "LARGEST": table(NAMES, rows), "SAME": table(NAMES, both), "EIGHT": table(NAMES, same),
-        "ARITHMETIC": arithmetic(largest[CASES[3], 16], largest[CASES[4], 16]), "RATIO": f"{speeds[0]:.2f} and {speeds[1]:.2f}",
+        "ARITHMETIC": arithmetic(largest[CASES[3], 16], largest[CASES[4], 16]),
+        "RATIO16": ratios(alone.model, 16), "RATIO64": ratios(alone.model, 64),
         "CLAIMS": table(("", "claim", "here"), [(*CLAIMS[0], claimed), CLAIMS[1]]),
     }  # fmt: skip
     text = TEXT
@@ -72,6 +73,12 @@ def main() -> None:
         text = text.replace(name, part)
     args.out.write_text(text)
     print(text)
+
+
+def ratios(model: str, k: int) -> str:
+    """Of the device's speed, what is left with moments, and with all state, in host memory."""
+    whole = speed_of(CASES[0], model, k)
+    return " and ".join(f"{speed_of(case, model, k) / whole:.2f}" for case in (MOMENTS, EIGHT))
 
 
 def billions(job: Job) -> str:
@@ -165,8 +172,8 @@ def arithmetic(host: Job, disk: Job) -> str:
             rate = has.disk_bandwidth / GB
             lines.append(
                 f"- update: 8 Psi = {found.disk_moved / GB:.1f} GB read and as much written at {rate:.1f} GB/s for both = "
-                f"{2 * found.disk_moved / has.disk_bandwidth:.1f} s, less what fills the pool ({found.pool / GB:.1f} GB) beside "
-                f"the gradient: {sent.disk_s:.1f} s"
+                f"{2 * found.disk_moved / has.disk_bandwidth:.1f} s, less what fills the pool "
+                f"({found.pool / GB:.1f} GB) beside the gradient: {sent.disk_s:.1f} s"
             )
         lines.append(
             f"- step: {timed.compute_s:.2f} + {sent.waited_s:.2f} + {timed.update_s:.2f} (the update's own memory traffic) = "
@@ -202,9 +209,8 @@ here was timed.
 
 LARGEST
 
-The largest that the device alone trains with 16 microbatches, on the device and off it. With 16 microbatches the moments off
-the device leave RATIO (with the parameters) of its speed, where 0.8 is wanted; 64 come to it. A microbatch here is one sequence
-of 2,048 tokens.
+The largest that the device alone trains with 16 microbatches, on the device and off it. With 16 microbatches of 2,048
+tokens RATIO16 of its speed are left (moments off the device; all state), where 0.8 is wanted; with 64 RATIO64.
 
 SAME
 
@@ -234,10 +240,10 @@ much memory the host has. What is missing, and what each would free:
 - **Parameters on NVMe** are an error today (every step reads them), so with a drive alone parameters stay on the device.
 - **Moments on NVMe beside parameters in host memory** go whole leaf by whole leaf, not in slices (`by_slices.py` slices only
   where parameters rest on the device), and the pool is four of the largest: a row of the table shows what is left.
-- **An update on the host's processors** would halve what crosses the link (gradients down, bf16 parameters up: 4 + 2 bytes
-  for 12 + 12).
+- **An update on the host's processors** sends gradients down and bf16 parameters up: 6 bytes where the state's way there and
+  back takes 24.
 - **Slices that leave while others arrive** would hide one direction, as whole buckets do: at most half of the update's time. A
-  model whose layers are a list (`models.build(..., scan_layers=False)`) has no leaf larger than a bucket but its tables, and
+  model whose layers are a list (`models.build(..., scan_layers=False)`) with a `bucket_bytes` that holds a leaf of one layer
   gets that today; plans count stacked layers.
 """
 

@@ -136,7 +136,7 @@ def test_a_step_that_wants_a_value_is_explained():
     def step(w, x):
         return (w if x.sum() > 0 else -w), None
 
-    with pytest.raises(TypeError, match=r"looks at a value.*\n.*test_plan.py:\d+ \(step\): return \(w if x.sum"):
+    with pytest.raises(TypeError, match=r"looks at a value.*\n.*test_plan_compiled.py:\d+ \(step\): return \(w if x.sum"):
         jzero.plan(step, jnp.ones((64, 64)), jnp.ones((16, 64)), target="h100:2x8")
 
 
