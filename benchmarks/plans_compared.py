@@ -22,9 +22,14 @@ sys.path.insert(0, str(ROOT))
 LINES = """
 llama-1b h100:1x1 seq=2048 offload=opt_state=host
 llama-1b h100:1x1 seq=2048 batch=4 accumulate=4 offload=opt_state=host
+llama-1b h100:1x1 seq=2048 offload=opt_state=host,params=host
+llama-1b,num_layers=8 h100:1x1 seq=2048 offload=opt_state=nvme:swap
 llama-1b,num_layers=8 v5e:2x2 seq=2048 offload=opt_state=host,params=host
+llama-1b,num_layers=4 v5e:2x2 seq=2048 remat=dots
+llama-1b,num_layers=4 v5e:2x2 seq=2048 offload=activations=host
 llama-1b,num_layers=8 h100:1x8 seq=2048 mesh=data=2,sequence=4
 llama-8b,num_layers=2 h100:1x8 seq=2048 mesh=data=2,sequence=4
+llama-8b,num_layers=8 h100:1x8 seq=8192 mesh=data=2,sequence=4
 llama-8b,num_layers=2,num_heads=20,num_kv_heads=4,dim=2560,ffn_dim=7168 h100:1x8 seq=4096 mesh=data=1,sequence=8
 mixtral-8x7b,num_layers=2 h100:1x8 seq=2048 mesh=data=2,expert=4
 mixtral-8x7b,num_layers=2 h100:1x8 seq=2048 mesh=data=4,expert=2
@@ -61,7 +66,7 @@ def job_of(line: str) -> Any:
 
     model, target, *words = line.split()
     asked: dict[str, Any] = dict(word.split("=", 1) for word in words)
-    readers = {"mesh": lambda text: mesh.parse(text, who="plans_compared"), "offload": names.offload}
+    readers = {"mesh": lambda text: mesh.parse(text, who="plans_compared"), "offload": names.offload, "remat": str}
     return make(model, target, **{name: readers.get(name, int)(text) for name, text in asked.items()})
 
 

@@ -7,6 +7,7 @@ names it; where not, it says so.
 from typing import Any, NamedTuple
 
 from jzero.plan import facts
+from jzero.topology import Target
 
 # Of a host's memory, what a job's arrays can have: the rest is the system's, the runtime's and the input pipeline's.
 USABLE = 0.9
@@ -90,16 +91,15 @@ class Room(NamedTuple):
 
 def room_of(job: Any) -> Room:
     """The device's share of the host: the target's, or what the job says of it."""
-    host = HOSTS[job.parsed.model]
-    devices = devices_of(job)
-    memory = host.memory if job.host_memory is None else job.host_memory // devices
-    disk = host.disk if job.disk is None else job.disk // devices
-    rate = host.disk_bandwidth if job.disk_bandwidth is None else job.disk_bandwidth // devices
-    return Room(int(memory * USABLE), disk, host.link * LINK_FRACTION, rate, devices)
+    return room_on(job.parsed, job.num_devices, job.host_memory, job.disk, job.disk_bandwidth)
 
 
-def devices_of(job: Any) -> int:
-    """Devices that share one host."""
-    if facts.is_tpu(job.parsed):
-        return min(HOSTS[job.parsed.model].devices, job.num_devices)
-    return job.parsed.grid[1]
+def room_on(
+    target: Target, num_devices: int, host_memory: int | None = None, disk: int | None = None, disk_bandwidth: int | None = None
+) -> Room:
+    """The same of a target; what is given is of one whole host."""
+    host, is_tpu = HOSTS[target.model], facts.is_tpu(target)
+    devices = min(host.devices, num_devices) if is_tpu else target.grid[1]
+    share = lambda own, given: own if given is None else given // devices
+    memory, rate = share(host.memory, host_memory), share(host.disk_bandwidth, disk_bandwidth)
+    return Room(int(memory * USABLE), share(host.disk, disk), host.link * LINK_FRACTION, rate, devices)
