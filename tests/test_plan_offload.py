@@ -122,6 +122,16 @@ def test_activations_pass_beside_the_layers():
     assert times(job).transfer.hidden == 1.0 or times(job).transfer.waited_s > 0
 
 
+def test_activations_in_host_memory_leave_the_device_as_compiled():
+    """The v5e program keeps one and a half layers' of them on the device, the plan two."""
+    plain, away = (
+        COMPARED[f"llama-1b,num_layers=4 v5e:2x2 seq=2048 {word}"] for word in ("remat=dots", "offload=activations=host")
+    )
+    job = plans_compared.job_of("llama-1b,num_layers=4 v5e:2x2 seq=2048 offload=activations=host")
+    fall, found = plain["peak_bytes"] - away["peak_bytes"], offloads.away(job)
+    assert found.activations - found.kept_activations <= fall <= found.activations
+
+
 @pytest.mark.parametrize(
     ("asked", "short"),
     [

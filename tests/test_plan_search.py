@@ -55,6 +55,16 @@ def test_prices(capsys):
     )
 
 
+def test_the_table_shows_offload_where_there_is_some(capsys):
+    words = ["--target", "h100:1x1", "--seq", "2048", "--batch", "2", "--search", "--closed-form-only"]
+    heads = []
+    for model in ("llama-1b", "llama-8b"):
+        assert main(["--model", model, *words]) == 0
+        heads.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("stage ")))
+    assert "offload" in heads[1]
+    assert all("compiled" in head for head in heads)
+
+
 def test_compilers_side_by_side_fit_the_memory():
     assert machine.num_compilers(1) == 1
     assert machine.num_compilers(machine.COMPILER_BYTES * 1000) == os.cpu_count()

@@ -101,25 +101,14 @@ def search_table(found: dict[str, Any] | Any) -> str:
             for row in found["rows"]
         ]
         return "\n" + rendered(("stage", "peak", "wire per step", "fits"), rows)
-    rows = [_cells(row, any("offload" in one["job"] for one in found["rows"])) for row in found["rows"]]
-    head = (
-        f"\n{found['num_candidates']} candidates, {found['num_fitting']} fit by the closed form. The fastest, and smaller ones:"
-    )
+    shows_offload = any("offload" in row["job"] for row in found["rows"])
+    rows = [_cells(row, shows_offload) for row in found["rows"]]
+    tried = f"{found['num_candidates']} candidates, {found['num_fitting']} fit by the closed form."
+    head = f"\n{tried} The fastest, and smaller ones:"
+    away = ("offload",) if shows_offload else ()
     priced = ("$/1e9 tokens",) if found["rows"] and "dollars_per_1e9_tokens" in found["rows"][0] else ()
-    names = (
-        "stage",
-        "mesh",
-        "sequences",
-        "k",
-        "remat",
-        "offload",
-        "step",
-        "tokens/s",
-        "MFU",
-        *priced,
-        "peak, closed",
-        "compiled",
-    )
+    settings = ("stage", "mesh", "sequences", "k", "remat", *away)
+    names = (*settings, "step", "tokens/s", "MFU", *priced, "peak, closed", "compiled")
     return "\n".join([head, rendered(names, rows), found.get("python", "Nothing fits.")])
 
 
@@ -130,7 +119,8 @@ def _cells(row: dict[str, Any], shows_offload: bool) -> tuple[str, ...]:
     rates += [f"{row['dollars_per_1e9_tokens']:,.0f}"] if "dollars_per_1e9_tokens" in row else []
     peaks = (human(row["peak_bytes"]), human(row["compiled_peak_bytes"]))
     one = Job.of(job)
-    roles = [name for name in ("opt_state", "params", "activations") if one.offload and getattr(one.offload, name)]
+    short = {"opt_state": "opt", "params": "params", "activations": "acts"}
+    roles = [word for name, word in short.items() if one.offload and getattr(one.offload, name)]
     away = ["+".join(roles) or "-"] if shows_offload else []
     return (str(one.stage), mesh, str(one.micro_sequences), str(one.accumulate), one.remat, *away, *rates, *peaks)
 
