@@ -87,8 +87,8 @@ What the tables say:
   axis then earns its place by the memory it frees: 70B on 512 H100s runs with `dots` in place of `full`, 1.2 times as fast.
 - **`tensor` where the batch is smaller than the pod.** 512 sequences cannot be split over 1,024 chips; two chips to a
   sequence can.
-- **`sequence` rivals `tensor` there**: it splits the same work and memory, what it gathers more hides behind the layers, and only
-  the exchange of heads is waited for. By the closed form 70B is 3 to 6% faster with it; nothing of that has been timed.
+- **`sequence` rivals `tensor` there**: it splits the same work and memory, what it gathers more hides behind the layers, and
+  only the exchange of heads is waited for. By the closed form 70B is 3 to 6% faster with it; nothing of that has been timed.
 - **`tensor` costs where memory was no trouble**: for 405B its sums take 2 to 5 s of 75 to 84 that nothing hides.
 - **`pipe` last.** Stages meet once a tick, so 1F1B waits for a third of the time with two microbatches a stage, and at
   stage 3 every tick gathers. It is for links between hosts that are too slow for ZeRO's traffic, and for models whose

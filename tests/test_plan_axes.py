@@ -104,6 +104,9 @@ def test_experts_have_room_for_all():
     held = closed.memory(job).at_rest["params"]
     assert held == pytest.approx(4 * closed.num_params(job.config) / 8, rel=1e-3)  # experts over both, dense leaves too
     assert any("4 times the rows" in line for line in plan_job(job, compile_too=False).notes)
+    some = job._replace(model="mixtral-8x7b,capacity_factor=1.25")
+    assert exchanges.num_rows(some) == 8 * some.micro_sequences * 640  # E experts, each 1.25 T K / E of a sequence's tokens
+    assert times(some).compute_s < times(job).compute_s  # no masked products, fewer empty rows
     assert {"expert"} <= {axis for mesh in search.meshes(job) for axis in mesh}
     assert "rules=models.mixtral.expert_rules" in python_of(job.to_dict())
 

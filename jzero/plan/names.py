@@ -22,15 +22,16 @@ def config_of(model: str) -> ModelConfig:
     """`"llama-8b"`, or with fields replaced `"llama-8b,num_layers=40,dim=5120"`.
 
     Raises:
-      ValueError: no such preset or field, or a field that is not given a whole number.
+      ValueError: no such preset or field, or a field that is not given a number.
     """
     name, *changes = model.split(",")
     pairs = [change.partition("=") for change in changes]
-    wrong = [change for change, (_, _, value) in zip(changes, pairs, strict=True) if not value.strip().isdigit()]
+    wrong = [change for change, (_, _, value) in zip(changes, pairs, strict=True) if not _is_number(value.strip())]
     if wrong:
-        fix = "Write llama-8b,num_layers=40: a preset's name and whole numbers for fields of its config."
+        fix = "Write llama-8b,num_layers=40: a preset's name and numbers for fields of its config."
         raise ValueError(explain(WHO, "a model's fields are name=number", found=wrong, context=f"--model {model}", fix=fix))
-    return preset(name, **{field.strip(): int(value) for field, _, value in pairs})
+    number = lambda text: int(text) if text.strip().isdigit() else float(text)
+    return preset(name, **{field.strip(): number(value) for field, _, value in pairs})
 
 
 @cache
