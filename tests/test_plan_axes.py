@@ -71,6 +71,7 @@ def test_new_axes_meet_the_compilers(line):
         wanted = row["at_rest"][role]
         # Tokens are split over `sequence` too where it divides them, which seq + 1 it does not.
         assert need.at_rest[role] == pytest.approx(wanted, abs=64), role
+    assert need.peak_bytes == pytest.approx(row["peak_bytes"], rel=0.10)
     for axis, kinds in row["wire"].items():
         assert sum(found.get(axis, {}).values()) == pytest.approx(sum(kinds.values()), rel=0.02, abs=1e6), axis
 

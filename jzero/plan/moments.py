@@ -87,11 +87,17 @@ def moments(job: Job, *, fused_attention: bool = False) -> dict[str, Moment]:
         "one layer's activations": job.micro_tokens * worked(job, size),
         "masked rows": _masked(job, size),
     }
+    if job.sequence > 1:  # behind a second gather nothing is fetched ahead: inside attention no weight is there
+        backward |= {"gathered parameters": 0, "one layer's gradients": 0}
     update = {
         "gradients": summed,
         "largest leaf": size.accumulate * max(counted(found, job.zero if scattered else None)),
     }
-    return {"head": always | head, "backward": always | backward, "update": update}
+    found_moments = {"head": always | head, "backward": always | backward, "update": update}
+    if job.sequence > 1:  # outside attention weights are there, and scores are not
+        beside = {"gathered parameters": one_layer, "one layer's gradients": one_layer, "attention scores": 0}
+        found_moments["layer"] = always | backward | (beside if gathered else {"attention scores": 0})
+    return found_moments
 
 
 def _saved_activations(job: Job, size: Sizes) -> Moment:

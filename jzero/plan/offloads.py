@@ -209,29 +209,26 @@ def moments(job: Job, away: Away, found: dict[str, Moment]) -> dict[str, Moment]
     """The moments of a step with offload, from those without: sums leave the gradient program as gradients, two buckets are
     there beside it, and the update has them and no more.
     """
-    head, backward = ({**found[name]} for name in ("head", "backward"))
-    for one in (head, backward):
+    during = {name: {**one} for name, one in found.items() if name != "update"}
+    for one in during.values():
         if away.activations:
             one["saved activations"] -= away.activations - away.kept_activations
     if not away.trips:
-        return {**found, "head": head, "backward": backward}
-    handed = {"gradients handed over": away.grads, "buckets": away.first_pair}
-    if job.accumulate == 1 and job.pipe == 1:  # nothing fills what leaves the program before it ends: temporaries lie there
-        room = away.grads
-        for part in ("gradients", "attention scores"):
-            backward[part], room = max(0, backward[part] - room), max(0, room - backward[part])
-    for one in (head, backward):
+        return {**found, **during}
+    size, handed = moment.sizes(job), {"gradients handed over": away.grads, "buckets": away.first_pair}
+    for name, one in during.items():
+        if job.accumulate == 1 and job.pipe == 1 and name != "head":  # what leaves the program is empty before it ends, and
+            room = away.grads  # temporaries lie there
+            for part in ("gradients", "attention scores"):
+                one[part], room = max(0, one[part] - room), max(0, room - one[part])
+        if away.fetched and size.compute == size.param:  # nothing is cast: what was fetched is what the step works with
+            one["working copy"] += away.fetched
         one["sum of gradients"] = max(0, one["sum of gradients"] - away.grads)
         one.update(handed)
     worked = max(trip.worked for trip in away.trips)
-    update = {"gradients handed over": away.grads, "buckets": max(away.pair, worked)}
-    every = {"head": head, "backward": backward, "update": update}
-    size = moment.sizes(job)
-    if away.fetched and size.compute == size.param:  # nothing is cast: what was fetched is what the step works with
-        for one in (head, backward):
-            one["working copy"] += away.fetched
+    every = during | {"update": {"gradients handed over": away.grads, "buckets": max(away.pair, worked)}}
     if away.fetched:
-        every["fetch"] = {"working copy": head["working copy"], "largest leaf": away.largest_param, **handed}
+        every["fetch"] = {"working copy": during["head"]["working copy"], "largest leaf": away.largest_param, **handed}
     return every
 
 
