@@ -95,7 +95,7 @@ def _resting(layout: Layout, batch: Any, shardings: list[Any], options: Options)
     table: dict[str, dict[str, int]] = {role: {"measured": 0, "formula": 0} for role in ROLES}
     for placement, aval, sharding, place in zip(layout.placements, layout.avals, shardings, layout.places, strict=True):
         row = table[placement.leaf.role]
-        if sharding.memory_kind == KIND or place is not None:  # described GPUs have no memory kinds to say so
+        if sharding.memory_kind == KIND or (place is not None and sharding.memory_kind is None):  # None: a described GPU
             continue
         row["measured"] += audits.shard_bytes(aval, sharding)
         row["formula"] += num_bytes(aval) // num_pieces(placement.spec, options)
