@@ -100,7 +100,8 @@ def test_quantizers_compile(target, name, format, is_stochastic):
     compiled = compile_for(target, both, (shape, jnp.bfloat16), (shape, jnp.float32))
     assert num_kernels(target, compiled.as_text()) == 2
     # Nothing of the array's size in between but scales in another layout; on a TPU bytes that become 8-bit floats are copied.
-    copies = "tpu" in TARGETS[target] and format.startswith("float8")
+    # And on TPU 7x the bfloat16 that comes back is copied too, at the program's end; `quantize` alone leaves nothing there.
+    copies = ("tpu" in TARGETS[target] and format.startswith("float8")) + 2 * target.startswith("tpu7x")
     scales = 2 * shape[0] * 512  # a row of scales takes 128 columns of float32 in memory, however few there are
     assert compiled.memory_analysis().temp_size_in_bytes <= shape[0] * shape[1] * copies + scales
 
