@@ -161,6 +161,11 @@ class Op:
             options = {**options, "interpret": _interpreted.get()}
         return _named(chosen.run, f"{_PREFIX}{self.name}{_BETWEEN}{chosen.name}", tuple(sorted(options.items())))(*arrays)
 
+    def would_be(self, *arrays: Any, **options: Any) -> Implementation:
+        """What would be chosen for arrays of these shapes and dtypes, without a record: for callers that prepare them."""
+        avals = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
+        return self.choose(Call(device_kind(), avals, options, _is_local()))[0]
+
     def insist(self, name: str, call: Call) -> tuple[Implementation, str]:
         """The implementation called `name`, or an error.
 

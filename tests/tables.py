@@ -41,6 +41,10 @@ OPTIMIZERS = {
     "ema": lambda: optax.chain(adamw(), optax.ema(0.9)),
     "moments_8bit": lambda: optim.moments_8bit(adamw(), min_elements=16),
     "moments_bf16": lambda: optim.moments_bf16(adamw()),
+    "fused_adamw": lambda: optim.fused_adamw(LEARNING_RATE),
+    "fused_lion": lambda: optim.fused_lion(LEARNING_RATE / 10),
+    "fused_8bit": lambda: optim.fused_adamw(LEARNING_RATE, moments="8bit", min_elements=16),
+    "fused_bf16": lambda: optim.fused_lion(LEARNING_RATE / 10, moments="bfloat16"),
 }
 
 # name -> how many leaves of its state mirror one matrix, and one vector
@@ -63,4 +67,8 @@ NUM_MIRRORS = {
     "ema": (3, 3),
     "moments_8bit": (2, 2),
     "moments_bf16": (2, 2),
+    "fused_adamw": (2, 2),
+    "fused_lion": (1, 1),
+    "fused_8bit": (2, 2),
+    "fused_bf16": (1, 1),
 }

@@ -84,6 +84,9 @@ def _kernels(trace: Trace) -> list[dict[str, Any]]:
     why = {choice._replace(reason=""): choice.reason for choice in trace.choices}
     found = pallas_kernels.found_in(trace.jaxpr) if trace.jaxpr is not None else []
     counts = Counter(choice._replace(reason="") for choice in found)
+    # The update is no part of a composed step's `jaxpr`, which is its loss: what was recorded while it was traced is all of it.
+    ops = {choice.op for choice in found}
+    counts += Counter(choice._replace(reason="") for choice in trace.choices if choice.op not in ops)
     return [
         {**choice._asdict(), "arrays": list(choice.arrays), "reason": why.get(choice, "traced before"), "calls": calls}
         for choice, calls in counts.items()

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize import dynamic_map
-from pallas_kernels.quantize.cut import blocked, whole
+from pallas_kernels.quantize import reference
 
 BLOCK = 256  # as bitsandbytes; 4 bytes of scale are then 1.6% of the block
+_FORMATS = {True: "dynamic", False: "dynamic_unsigned"}  # by whether a value may be negative
 _SHARDS = 8  # a dim that this does not divide, such as a vocabulary of 50,257, is hardly ever sharded
 _LEAST = 32  # shorter dims make too many scales; then blocks run along the largest dim itself
 
@@ -43,18 +43,16 @@ class Shape(NamedTuple):
 def quantize(values: jax.Array, *, signed: bool) -> tuple[jax.Array, jax.Array]:
     """uint8 codes of the array's shape, and float32 scales."""
     cut = Shape.of(values.shape)
-    blocks = blocked(values.astype(jnp.float32), cut.dim, cut.block)
-    scales = jnp.max(jnp.abs(blocks), axis=cut.dim + 1)
-    wide = jnp.expand_dims(scales, cut.dim + 1)
-    codes = dynamic_map.encode(blocks / jnp.where(wide > 0, wide, 1), signed=signed)
-    return whole(codes, cut.dim, values.shape[cut.dim]), scales
+    options = {"format": _FORMATS[signed], "block": cut.block, "dim": cut.dim}
+    codes, scales = reference.quantize(values.astype(jnp.float32), is_stochastic=False, has_error=False, **options)
+    return codes, scales
 
 
 def dequantize(codes: jax.Array, scales: jax.Array, *, signed: bool) -> jax.Array:
     """The values again, float32."""
     cut = Shape.of(codes.shape)
-    blocks = dynamic_map.decode(blocked(codes, cut.dim, cut.block), signed=signed)
-    return whole(blocks * jnp.expand_dims(scales.astype(jnp.float32), cut.dim + 1), cut.dim, codes.shape[cut.dim])
+    options = {"format": _FORMATS[signed], "block": cut.block, "dim": cut.dim, "size": codes.shape[cut.dim]}
+    return reference.dequantize(codes, scales.astype(jnp.float32), dtype=jnp.float32, **options)
 
 
 def num_bytes(shape: tuple[int, ...]) -> int:

@@ -1,28 +1,105 @@
 """What is timed: one operation at one size of its table, forward and backward, with its least work in bytes and operations."""
 
-from collections.abc import Callable
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import norm
+from pallas_kernels import fused_optimizer, norm
+from pallas_kernels import quantize as blockwise
+from pallas_kernels.fused_optimizer import ADAMW, LION
+from pallas_kernels.fused_optimizer import shapes as leaves_of
 from pallas_kernels.linear_cross_entropy import TOTAL, linear_cross_entropy_sum
 from pallas_kernels.linear_cross_entropy import shapes as heads
 from pallas_kernels.norm import NORM
 from pallas_kernels.norm import shapes as rows
+from pallas_kernels.quantize import QUANTIZE
+from pallas_kernels.quantize import shapes as arrays_of
 
 _SMALLER = 32  # on a CPU every large dim is so many times smaller
 
 
 class Case(NamedTuple):
-    """`run(implementation)` is a function of `make(key)`'s arrays: value and gradients."""
+    """`run(implementation)` is a function of `make(key)`'s arrays: value and gradients, or what the operation gives.
+
+    rivals: other ways to the same end, by name, as functions of the same arrays; None where a package is missing.
+    """
 
     op: Any
     make: Callable[[jax.Array], tuple[jax.Array, ...]]
     run: Callable[[str], Callable[..., Any]]
     num_bytes: int  # that any implementation must read and write
     flops: int
+    rivals: Mapping[str, Callable[..., Any] | None] = MappingProxyType({})
+
+
+def _quantize(num_rows: int, dim: int, dtype: Any, format: str, *, is_stochastic: bool) -> Case:
+    """One read of the array, one write of its codes and scales. A copy of the array is the rival that does nothing."""
+    size, num_bytes = num_rows * dim, {"int4": 0.5}.get(format, 1) + 4 / blockwise.BLOCK
+
+    def make(key: jax.Array) -> tuple[jax.Array, ...]:
+        return (jax.random.normal(key, (num_rows, dim), dtype),)
+
+    def run(implementation: str) -> Callable[..., Any]:
+        seed = 1 if is_stochastic else None
+        return lambda x: blockwise.quantize(x, format, seed=seed, implementation=implementation)
+
+    traffic = int(size * (jnp.dtype(dtype).itemsize + num_bytes))
+    return Case(QUANTIZE, make, run, traffic, 0, {"copy": lambda x: x + 1})
+
+
+def _optimizer(rule: str, shapes: tuple[tuple[int, ...], ...], moments: Any) -> Case:
+    """A whole update, float32 parameters and gradients: both and the moments read, all but gradients written."""
+    num_moments, op = {"adamw": (2, ADAMW), "lion": (1, LION)}[rule]
+
+    def make(key: jax.Array) -> tuple[jax.Array, ...]:
+        draw = lambda index, shape: jax.random.normal(jax.random.fold_in(key, index), shape)
+        return tuple(
+            draw(number, shape).astype(jnp.float32 if number % 4 < 2 else moments) ** 2
+            for index, shape in enumerate(shapes)
+            for number in range(4 * index, 4 * index + 2 + num_moments)
+        )
+
+    def grouped(arrays: tuple[jax.Array, ...]) -> list[tuple[jax.Array, ...]]:
+        each = 2 + num_moments
+        return [arrays[start : start + each] for start in range(0, len(arrays), each)]
+
+    def run(implementation: str) -> Callable[..., Any]:
+        def update(*arrays: jax.Array) -> Any:
+            leaves = [fused_optimizer.Leaf(p, g, tuple(kept)) for p, g, *kept in grouped(arrays)]
+            given = {"rate": 1e-3, "count": 3, "returns": "params", "implementation": implementation}
+            return getattr(fused_optimizer, rule)(leaves, **given)
+
+        return update
+
+    size = sum(math.prod(shape) for shape in shapes)
+    traffic = size * (12 + 2 * num_moments * jnp.dtype(moments).itemsize)
+    return Case(
+        op, make, run, traffic, 0, {"optax": _optax(rule, grouped), "copy": lambda *arrays: [one + 1 for one in arrays]}
+    )
+
+
+def _optax(rule: str, grouped: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The same update by optax, if it is there: this package imports jax only."""
+    try:
+        optax = importlib.import_module("optax")
+    except ModuleNotFoundError:
+        return None
+    tx = {"adamw": optax.adamw, "lion": optax.lion}[rule](1e-3)
+
+    def update(*arrays: jax.Array) -> Any:
+        params, grads, *moments = (list(each) for each in zip(*grouped(arrays), strict=True))
+        first, *rest = tx.init(params)
+        kept = dict(zip(("mu", "nu"), moments, strict=False))
+        state = (first._replace(count=jnp.full((), 2, jnp.int32), **kept), *rest)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return update
 
 
 def _norm(num_rows: int, dim: int, dtype: Any) -> Case:
@@ -75,4 +152,13 @@ def cases(*, tiny: bool, dtype: Any) -> dict[tuple[str, str], Case]:
         vocab = _small(shape.vocab)
         small = heads.Shape(1, _small(shape.length), _small(shape.dim), vocab, vocab + (shape.padded > shape.vocab), shape.tied)
         found["linear_cross_entropy_sum", name] = _head(small if tiny else shape, dtype)
+    for name, (num_rows, dim) in arrays_of.SHAPES.items():
+        size = (_small(num_rows), _small(dim, blockwise.BLOCK)) if tiny else (num_rows, dim)
+        for format, is_stochastic in (("int8", False), ("int8", True), ("int4", False), ("float8_e4m3", False)):
+            said = f"{name} {format}{' stochastic' * is_stochastic}"
+            found["quantize", said] = _quantize(*size, dtype, format, is_stochastic=is_stochastic)
+    for name, shapes in leaves_of.SHAPES.items():
+        small = tuple(tuple(_small(length, 8) for length in shape) for shape in shapes[:8]) if tiny else shapes
+        for rule in ("adamw", "lion"):
+            found[f"fused_{rule}", name] = _optimizer(rule, small, jnp.float32)
     return found

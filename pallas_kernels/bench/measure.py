@@ -25,13 +25,18 @@ def inputs(case: Case, *, tiny: bool) -> list[tuple[jax.Array, ...]]:
 
 
 def measure(case: Case, *, tiny: bool, rounds: int) -> list[dict[str, Any]]:
-    """One row per implementation: median, least and most seconds, or why it did not run."""
+    """One row per implementation and rival: median, least and most seconds, or why it did not run."""
     arrays, ready, found = inputs(case, tiny=tiny), {}, []
     for name in case.op.table:
         try:
             ready[name] = jax.jit(case.run(name)).lower(*arrays[0]).compile()
         except NotImplementedError as error:
             found.append({"implementation": name, "refused": str(error).splitlines()[1].strip()})
+    for name, rival in case.rivals.items():
+        if rival is None:
+            found.append({"implementation": name, "refused": f"{name} is not installed"})
+        else:
+            ready[name] = jax.jit(rival).lower(*arrays[0]).compile()
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     for turn in range(rounds + 2):
         for name, run in ready.items():

@@ -1,8 +1,8 @@
 """One pass over an array in blocks of its rows, as a TPU or a GPU kernel, with a number per block in and out.
 
-A body is plain jnp on the values of some blocks. A TPU takes a block's columns of a tile of rows [R, w], a GPU a warp for each of four
-blocks [4, w]; `Along` says how to reduce along a block and how to spread a number over it again. Quantizers and optimizers run
-in it: what they hold in 8 bits needs each block's scale.
+A body is plain jnp on the values of some blocks. A TPU takes a block's columns of a tile of rows [R, w], a GPU a warp for each
+of four blocks [4, w]; `Along` says how to reduce along a block and how to spread a number over it again. Quantizers and
+optimizers run in it: what they hold in 8 bits needs each block's scale.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,6 +40,7 @@ class BlockPass(NamedTuple):
 
     block: elements of one. piece: columns that the body sees at once, the whole block or half of it: two numbers of 4 bits
     share a byte, one from each half, so that nothing moves from lane to lane.
+    in_place: (array, out) pairs: the output takes the array's memory where the caller gives it away, or a copy's.
     """
 
     body: Callable[[Values], tuple[Sequence[Sequence[Any]], Sequence[Any]]]
@@ -48,6 +49,7 @@ class BlockPass(NamedTuple):
     outs: Sequence[Out]
     num_scales: int = 0
     needs_places: bool = False
+    in_place: tuple[tuple[int, int], ...] = ()
 
 
 def why_not(block: int, piece: int, dim: int, dtypes: Sequence[Any]) -> str | None:

@@ -29,26 +29,28 @@ def run(
     one: BlockPass, arrays: Sequence[jax.Array], scales: Sequence[jax.Array] = (), numbers: jax.Array | None = None,
     seeds: jax.Array | None = None, *, interpret: bool = False,
 ) -> list[jax.Array]:  # fmt: skip
-    """arrays [M, P k piece], scales [M, P], numbers float32[n], seeds uint32[m] -> outputs [M, P width], scales float32[M, P]."""
+    """Outputs [M, P width], then scales float32[M, P], from arrays [M, P k piece], scales [M, P], float32[n] and uint32[m]."""
     plgpu, piece, layout = mosaic(), one.piece, layout_of(one.piece)
     num_rows = arrays[0].shape[0]
     num_parts = _num_parts(one, arrays, scales)
     num_blocks = num_rows * num_parts
     more = max(_WARPS - num_blocks, 0)  # fewer blocks than warps: filled up, and cut off again
-    blocked = [_filled(array.reshape(num_blocks, -1), more) for array in arrays]
+    blocked: list[Any] = [_filled(array.reshape(num_blocks, -1), more) for array in arrays]
     scaled = [_filled(array.reshape(num_blocks), more) for array in scales]
     total, given = num_blocks + more, [array for array in (numbers, seeds) if array is not None]
+    # In place no block may be done twice.
+    places = {out: array for array, out in one.in_place} if total % _WARPS == 0 else {}
+    for array in places.values():
+        blocked[array] = jax.new_ref(blocked[array])
     shape = (_WARPS, piece)
     along = Along(
         lambda x: jnp.sum(x, axis=1), lambda x: jnp.max(x, axis=1), lambda s: jax.lax.broadcast_in_dim(s, shape, (0,))
     )
 
     def kernel(*refs: Any) -> None:
-        refs, ins = list(refs), []
-        for _ in (blocked, scaled, given):
-            ins.append(refs[: len(_)])
-            del refs[: len(_)]
-        array_refs, scale_refs, given_refs = ins
+        array_refs, refs = refs[: len(blocked)], refs[len(blocked) :]
+        scale_refs, refs = refs[: len(scaled)], refs[len(scaled) :]
+        given_refs, refs = refs[: len(given)], refs[len(given) :]
         # The last program's blocks may lie beyond the end: it then takes the last four, some of them a second time.
         first = jnp.minimum(jax.lax.axis_index("programs") * _WARPS, total - _WARPS)
         rows = pl.ds(first, _WARPS)
@@ -73,23 +75,27 @@ def run(
             else [],
         )
         outs, made = one.body(values)
-        for ref, pieces in zip(refs[: len(outs)], outs, strict=True):
+        left = iter(refs)
+        for number, pieces in enumerate(outs):
+            ref = array_refs[places[number]] if number in places else next(left)
             for index, value in enumerate(pieces):
                 ref[rows, pl.ds(index * piece, piece)] = value.astype(ref.dtype)
-        for ref, value in zip(refs[len(outs) :], made, strict=True):
+        for ref, value in zip(left, made, strict=True):
             ref[rows] = value
 
     out = plgpu.kernel(
         kernel,
         out_type=[
-            *[jax.ShapeDtypeStruct((total, each.width), each.dtype) for each in one.outs],
+            *[jax.ShapeDtypeStruct((total, each.width), each.dtype) for i, each in enumerate(one.outs) if i not in places],
             *[jax.ShapeDtypeStruct((total,), jnp.float32)] * one.num_scales,
         ],
         grid=(pl.cdiv(total, _WARPS),),
         grid_names=("programs",),
         interpret=plgpu.InterpretGPUParams(uninitialized_memory="nan") if interpret else None,
     )(*blocked, *scaled, *given)
-    return [array[:num_blocks].reshape(num_rows, -1) for array in out]
+    fresh = iter(out)
+    found = [jax.freeze(blocked[places[i]]) if i in places else next(fresh) for i in range(len(one.outs))]
+    return [array[:num_blocks].reshape(num_rows, -1) for array in (*found, *fresh)]
 
 
 def _num_parts(one: BlockPass, arrays: Sequence[jax.Array], scales: Sequence[jax.Array]) -> int:

@@ -29,7 +29,7 @@ def run(
     one: BlockPass, arrays: Sequence[jax.Array], scales: Sequence[jax.Array] = (), numbers: jax.Array | None = None,
     seeds: jax.Array | None = None, *, interpret: bool = False,
 ) -> list[jax.Array]:  # fmt: skip
-    """arrays [M, P k piece], scales [M, P], numbers float32[n], seeds uint32[m] -> outputs [M, P width], scales float32[M, P]."""
+    """Outputs [M, P width], then scales float32[M, P], from arrays [M, P k piece], scales [M, P], float32[n] and uint32[m]."""
     num_rows = arrays[0].shape[0]
     num_parts = scales[0].shape[1] if scales else arrays[0].shape[1] // one.block
     tile, parts = tile_of(num_rows, num_parts, one.block, len(arrays) + len(one.outs))
@@ -76,6 +76,7 @@ def run(
             *[jax.ShapeDtypeStruct((num_rows, num_parts * out.width), out.dtype) for out in one.outs],
             *[jax.ShapeDtypeStruct((num_rows, num_parts), jnp.float32)] * one.num_scales,
         ],
+        input_output_aliases=dict(one.in_place),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary" if one.num_scales else "parallel"), vmem_limit_bytes=32 * 2**20
         ),

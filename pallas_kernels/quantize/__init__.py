@@ -47,7 +47,8 @@ DEQUANTIZE = Op(
 
 
 def quantize(
-    x: jax.Array, format: str = "int8", *, block: int = BLOCK, dim: int = -1, seed: Any = None, implementation: str | None = None
+    x: jax.Array, format: str = "int8", *, block: int = BLOCK, dim: int = -1, seed: Any = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Codes and scales of x in blocks: scale = max |x| / top, code = round(x / scale); what they stand for is code times scale.
 
@@ -58,15 +59,15 @@ def quantize(
     float8_e5m2     57344   float8_e5m2          |x| / 8, and m / 57344 / 2^17 near zero
     dynamic         1       uint8                see `dynamic_map`; with "dynamic_unsigned" for what is never negative
 
-    plus float32's rounding. With a seed codes are rounded up or down with probability by distance: twice the bound, and the mean
-    of value is x. Arithmetic is float32's (float64 stays, but for the codes of floats). The noise depends on the seed and on the
-    element's place modulo 2^32, on nothing else: every implementation, tiling and mesh has the same.
+    plus float32's rounding. With a seed codes are rounded up or down with probability by distance: twice the bound, and the
+    mean of value is x. Arithmetic is float32's (float64 stays, but for the codes of floats). The noise depends on the seed and
+    on the element's place modulo 2^32, on nothing else: every implementation, tiling and mesh has the same.
 
-    A block of zeros, and one whose largest magnitude is below 2^-100, has scale 0. A block with an infinity or NaN has scale NaN and
-    codes 0: all of it becomes NaN again, so an overflow is seen by whoever looks for one. There is no derivative.
+    A block of zeros, and one whose largest magnitude is below 2^-100, has scale 0. A block with an infinity or NaN has scale
+    NaN and codes 0: all of it becomes NaN again, so an overflow is seen by whoever looks for one. There is no derivative.
 
-    Two codes of 4 bits share a byte, one from each half of a block. `jnp.int4` was not taken: on the host, in files and in numpy it
-    is a byte for each number, which is what 4 bits are to avoid.
+    Two codes of 4 bits share a byte, one from each half of a block. `jnp.int4` was not taken: on the host, in files and in
+    numpy it is a byte for each number, which is what 4 bits are to avoid.
 
     Args:
       x: [..., D, ...], float32, bfloat16, float16 or float64.
@@ -89,8 +90,8 @@ def quantize(
       [  0  -1 127   0] [1.]
 
     References:
-      Dettmers, Lewis, Shleifer, Zettlemoyer: 8-bit Optimizers via Block-wise Quantization, 2022. Micikevicius et al.: FP8 Formats for
-      Deep Learning, 2022. Gupta et al.: Deep Learning with Limited Numerical Precision, 2015 (stochastic rounding).
+      Dettmers, Lewis, Shleifer, Zettlemoyer: 8-bit Optimizers via Block-wise Quantization, 2022. Micikevicius et al.: FP8
+      Formats for Deep Learning, 2022. Gupta et al.: Deep Learning with Limited Numerical Precision, 2015 (stochastic rounding).
     """
     return _quantize("quantize", x, None, format, block, dim, seed, implementation)
 

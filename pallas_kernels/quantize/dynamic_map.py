@@ -16,7 +16,8 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from pallas_kernels._scalars import float32
 
 NUM_DECADES = 7
 _TOP = {True: 128, False: 255}  # the code of 1
@@ -58,5 +59,5 @@ def _count(flags: Iterable[jax.Array]) -> jax.Array:
 def _select(decade: jax.Array, choices: tuple[float, ...]) -> jax.Array:
     found = jnp.full(decade.shape, choices[0], jnp.float32)
     for index, value in enumerate(choices[1:], 1):
-        found = jnp.where(decade >= index, np.float32(value), found)
+        found = jnp.where(decade >= index, float32(value), found)
     return found

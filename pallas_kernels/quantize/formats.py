@@ -1,7 +1,7 @@
 """The small numbers: what each can say, and its code from a float32 and back, by arithmetic that every device has.
 
-Codes are made from the bits of a float32, not by a device's conversion: TPU v5e has none for 8-bit floats, a GPU's saturates, none
-rounds stochastically. Nearest means ties to even, as IEEE 754 and `astype` have it.
+Codes are made from the bits of a float32, not by a device's conversion: TPU v5e has none for 8-bit floats, a GPU's saturates,
+none rounds stochastically. Nearest means ties to even, as IEEE 754 and `astype` have it.
 """
 
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import rounding
+from pallas_kernels._scalars import float32, uint32
 from pallas_kernels.quantize import dynamic_map
 
-_SHIFTER = np.float32(2**23)  # added to a float32 below it, it leaves the nearest whole number in the lower bits
+_SHIFTER = float32(2**23)  # added to a float32 below it, it leaves the nearest whole number in the lower bits
 
 
 class Format(NamedTuple):
@@ -36,7 +36,7 @@ def _bits(value: jax.Array) -> jax.Array:
 def _whole(magnitude: jax.Array, noise: jax.Array | None) -> jax.Array:
     """A magnitude below 2^22 as a whole number, int32."""
     if noise is None:
-        return (_bits(magnitude + _SHIFTER) & np.uint32(0x7FFFFF)).astype(jnp.int32)
+        return (_bits(magnitude + _SHIFTER) & uint32(0x7FFFFF)).astype(jnp.int32)
     return (magnitude + rounding.unit(noise)).astype(jnp.int32)
 
 
@@ -58,13 +58,13 @@ def _encode_float(mantissa: int, least: int, top_code: int, y: jax.Array, noise:
     magnitude = jnp.abs(y)
     raw, shift = _bits(magnitude), 23 - mantissa
     if noise is None:
-        added = ((raw >> np.uint32(shift)) & np.uint32(1)) + np.uint32(2 ** (shift - 1) - 1)
+        added = ((raw >> uint32(shift)) & uint32(1)) + uint32(2 ** (shift - 1) - 1)
     else:
-        added = noise & np.uint32(2**shift - 1)
+        added = noise & uint32(2**shift - 1)
     bias = (127 + least - 1) << mantissa  # of the exponent: 2^least has exponent 1
-    normal = ((raw + added) >> np.uint32(shift)).astype(jnp.int32) - bias
-    small = jnp.minimum(magnitude, np.float32(2.0**least)) * np.float32(2.0 ** (mantissa - least))
-    code = jnp.minimum(jnp.where(magnitude < np.float32(2.0**least), _whole(small, noise), normal), top_code)
+    normal = ((raw + added) >> uint32(shift)).astype(jnp.int32) - bias
+    small = jnp.minimum(magnitude, float32(2.0**least)) * float32(2.0 ** (mantissa - least))
+    code = jnp.minimum(jnp.where(magnitude < float32(2.0**least), _whole(small, noise), normal), top_code)
     return jnp.where(y < 0, code + 128, code)
 
 
@@ -72,7 +72,7 @@ def _decode_float(mantissa: int, least: int, code: jax.Array) -> jax.Array:
     magnitude = code & 127
     bias = (127 + least - 1) << mantissa
     normal = jax.lax.bitcast_convert_type((magnitude + bias) << (23 - mantissa), jnp.float32)
-    small = magnitude.astype(jnp.float32) * np.float32(2.0 ** (least - mantissa))
+    small = magnitude.astype(jnp.float32) * float32(2.0 ** (least - mantissa))
     value = jnp.where(magnitude < 2**mantissa, small, normal)
     return jnp.where(code >= 128, -value, value)
 

@@ -1,4 +1,5 @@
-"""The definition: each block divided by its largest magnitude over the format's, then the nearest code, or one of its neighbours.
+"""The definition: each block divided by its largest magnitude over the format's, then the nearest code, or one of its
+neighbours.
 
 scale = max |x| / top,   code = round(x / scale),   value = code * scale
 """

@@ -13,20 +13,29 @@ import numpy as np
 from numpy.random import Generator
 
 import pallas_kernels
-from pallas_kernels import norm
+from pallas_kernels import fused_optimizer, norm, quantize
+from pallas_kernels.fused_optimizer import ADAMW, LION
+from pallas_kernels.fused_optimizer import shapes as leaf_shapes
 from pallas_kernels.linear_cross_entropy import LOSSES, TOTAL, shapes
 from pallas_kernels.norm import NORM
 from pallas_kernels.norm import shapes as norm_shapes
+from pallas_kernels.quantize import DEQUANTIZE, QUANTIZE
+from pallas_kernels.quantize import shapes as block_shapes
 
 DTYPES = ("float32", "bfloat16")
 
 
 class Row(NamedTuple):
-    """`call(arrays, implementation)` gives what is compared, gradients of float arrays included."""
+    """`call(arrays, implementation)` gives what is compared, gradients of float arrays included where there are any.
+
+    unsupported: why no kernel takes the row: it is listed, and held to the refusal.
+    """
 
     op: Any
     make: Callable[[Generator], dict[str, np.ndarray]]
     call: Callable[..., Any]  # (implementation, **arrays) -> arrays
+    is_differentiable: bool = True
+    unsupported: str = ""
 
 
 def heads(name: str, **options: Any) -> dict[str, Row]:
@@ -69,6 +78,53 @@ def norms(name: str, *, centred: bool, has_residual: bool) -> dict[str, Row]:
     return {said: Row(NORM, make, call)}
 
 
+def quantizers(name: str, format: str, *, seed: int | None = None, unsupported: str = "") -> dict[str, Row]:
+    """Values after both ways, scales and what is left over; and the way back alone."""
+    shape = block_shapes.TWINS[name]
+
+    def make(random: Generator) -> dict[str, np.ndarray]:
+        x, error = random.normal(size=(2, *shape)) * [[[3.0]], [[0.1]]]
+        return {"x": np.abs(x) if format == "dynamic_unsigned" else x, "error": np.abs(error)}
+
+    def there(implementation: str, x: Any, error: Any) -> Any:
+        codes, scales, left = quantize.quantize_with_feedback(x, error, format, seed=seed, implementation=implementation)
+        back = quantize.dequantize(codes, scales, format, size=shape[-1], dtype=scales.dtype, implementation="reference")
+        return back, scales, left
+
+    def back(implementation: str, x: Any, error: Any) -> Any:
+        codes, scales = quantize.quantize(x, format, implementation="reference")
+        return quantize.dequantize(codes, scales, format, size=shape[-1], dtype=x.dtype, implementation=implementation)
+
+    said = f"{format} {name}{f' seed={seed}' * (seed is not None)}"
+    rows = {f"quantize {said}": Row(QUANTIZE, make, there, False, unsupported)}
+    return rows if seed is not None else {**rows, f"dequantize {said}": Row(DEQUANTIZE, make, back, False, unsupported)}
+
+
+def optimizers(rule: str, name: str, *, returns: str = "updates", unsupported: str = "") -> dict[str, Row]:
+    """Leaves of one twin, moments in the dtype under test, the gradient scaled."""
+    twin, op = leaf_shapes.TWINS[name], {"adamw": ADAMW, "lion": LION}[rule]
+    names = ("param", "grad", "first", "second")[: 4 if rule == "adamw" else 3]
+
+    def make(random: Generator) -> dict[str, np.ndarray]:
+        sizes = {"param": 1.0, "grad": 4.0, "first": 0.1, "second": 0.1}
+        drawn = {f"{key}{i}": random.normal(size=shape) * sizes[key] for i, shape in enumerate(twin) for key in names}
+        return {key: value**2 if key.startswith("second") else value for key, value in drawn.items()}
+
+    def call(implementation: str, **arrays: Any) -> Any:
+        take = lambda i: [arrays[f"{key}{i}"] for key in names]
+        # A parameter or moment in 16 bits is rounded by its place: here the noise is not what is tested.
+        wide = lambda array: array.astype(jnp.promote_types(array.dtype, jnp.float32))
+        leaves = [
+            fused_optimizer.Leaf(wide(param), grad, tuple(map(wide, moments)))
+            for param, grad, *moments in map(take, range(len(twin)))
+        ]
+        update = getattr(fused_optimizer, rule)
+        found = update(leaves, rate=0.01, count=7, factor=0.25, decay=0.1, returns=returns, implementation=implementation)
+        return [(one.value, one.moments) for one in found]
+
+    return {f"{rule} {name} {returns}": Row(op, make, call, False, unsupported)}
+
+
 ROWS: dict[str, Row] = {
     **heads("gpt2-124m"),
     **heads("llama-8b", label_smoothing=0.1),
@@ -79,6 +135,25 @@ ROWS: dict[str, Row] = {
     **norms("gpt2-124m", centred=True, has_residual=False),
     **norms("llama-8b", centred=False, has_residual=True),
     **norms("one row", centred=False, has_residual=False),
+    **quantizers("one block", "int8"),
+    **quantizers("one block", "int8", seed=3),
+    **quantizers("gpt2-124m mlp", "int8", seed=3),
+    **quantizers("llama-8b mlp", "int4"),
+    **quantizers("one block", "int4", seed=4),
+    **quantizers("one block", "float8_e4m3"),
+    **quantizers("one block", "float8_e4m3", seed=5),
+    **quantizers("gpt2-124m mlp", "float8_e5m2"),
+    **quantizers("one block", "float8_e5m2", seed=6),
+    **quantizers("one block", "dynamic"),
+    **quantizers("one block", "dynamic_unsigned"),
+    **quantizers("odd", "int8", seed=7, unsupported="whole blocks of 256"),
+    **quantizers("odd", "int4", unsupported="whole blocks of 256"),
+    **optimizers("adamw", "one block"),
+    **optimizers("adamw", "matrix", returns="params"),
+    **optimizers("adamw", "bucket"),
+    **optimizers("lion", "one block"),
+    **optimizers("lion", "matrix", returns="params"),
+    **optimizers("lion", "bucket"),
 }
 
 
@@ -92,7 +167,10 @@ def is_real(array: Any) -> bool:
 
 
 def value_and_gradient(row: Row, implementation: str, arrays: dict[str, Any], weights: list[Any]) -> list[np.ndarray]:
-    """Outputs, then gradients of their weighted sum, as float64."""
+    """Outputs, then gradients of their weighted sum where there are any, as float64."""
+    if not row.is_differentiable:
+        outs = jax.jit(lambda given: row.call(implementation, **given))(arrays)
+        return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(outs)]
     real = {name: array for name, array in arrays.items() if is_real(array)}
 
     def weighted(real: dict[str, Any]) -> Any:

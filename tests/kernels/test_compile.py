@@ -10,8 +10,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import jzero
 import pallas_kernels
-from pallas_kernels import norm
+from pallas_kernels import fused_optimizer, norm, quantize
+from pallas_kernels.fused_optimizer import shapes as leaf_shapes
 from pallas_kernels.norm import shapes
+from pallas_kernels.quantize import shapes as block_shapes
+from pallas_kernels.quantize.formats import FORMATS
 
 TARGETS = {
     "v5e:2x2": "mosaic_tpu", "v5p:2x2x1": "mosaic_tpu", "v6e:2x2": "mosaic_tpu", "tpu7x:2x2x1": "mosaic_tpu",
@@ -21,7 +24,7 @@ QUICK = {("v5e:2x2", "llama-8b", True), ("h100:1x1", "llama-8b", True)}
 UNSUPPORTED = {"gpt2-1.5b": "multiple of 128"}  # shape -> why no kernel takes it: listed, not left out
 
 
-def compile_for(target, fn, *shapes):
+def compile_for(target, fn, *shapes, donate=()):
     """`fn` on arrays of these (shape, dtype) for one device that is not there."""
     device = jzero.topology(target)[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -31,7 +34,7 @@ def compile_for(target, fn, *shapes):
         found = AbstractDevice(device_kind=device.device_kind, num_cores=132, platform="cuda")
         described = jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("d",), (AxisType.Auto,), abstract_device=found))
     with pallas_kernels.target(device.device_kind), described:
-        return jax.jit(fn).lower(*args).compile()
+        return jax.jit(fn, donate_argnums=tuple(donate)).lower(*args).compile()
 
 
 def norm_cases():
@@ -65,3 +68,82 @@ def test_norms_compile(target, name, centred):
     text = compile_for(target, gradient, *args).as_text()
     kernel = "tpu_custom_call" if "tpu" in TARGETS[target] else "mosaic_gpu"
     assert text.count(f'custom_call_target="{kernel}') == 2  # forward and backward, and nothing merged or dropped
+
+
+def num_kernels(target, text):
+    return text.count(f'custom_call_target="{"tpu_custom_call" if "tpu" in TARGETS[target] else "mosaic_gpu"}')
+
+
+def quantize_cases():
+    for target in TARGETS:
+        for name in block_shapes.SHAPES:
+            for format, form in FORMATS.items():
+                for is_stochastic in (False, True) if form.can_round else (False,):
+                    quick = (name, format, is_stochastic) == ("llama-8b mlp", "int4", True) and target in (
+                        "v5e:2x2",
+                        "h100:1x1",
+                    )
+                    yield pytest.param(target, name, format, is_stochastic, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("target", "name", "format", "is_stochastic"), list(quantize_cases()))
+def test_quantizers_compile(target, name, format, is_stochastic):
+    shape = block_shapes.SHAPES[name]
+
+    def both(x, error):
+        seed = 3 if is_stochastic else None
+        codes, scales, left = quantize.quantize_with_feedback(x, error, format, seed=seed, implementation=TARGETS[target])
+        back = quantize.dequantize(codes, scales, format, dtype=x.dtype, implementation=TARGETS[target])
+        return codes, scales, left, back
+
+    compiled = compile_for(target, both, (shape, jnp.bfloat16), (shape, jnp.float32))
+    assert num_kernels(target, compiled.as_text()) == 2
+    # Nothing of the array's size in between but scales in another layout; on a TPU bytes that become 8-bit floats are copied.
+    # And on TPU 7x the bfloat16 that comes back is copied too, at the program's end; `quantize` alone leaves nothing there.
+    copies = ("tpu" in TARGETS[target] and format.startswith("float8")) + 2 * target.startswith("tpu7x")
+    scales = 2 * shape[0] * 512  # a row of scales takes 128 columns of float32 in memory, however few there are
+    assert compiled.memory_analysis().temp_size_in_bytes <= shape[0] * shape[1] * copies + scales
+
+
+def optimizer_cases():
+    for target in TARGETS:
+        for rule in ("adamw", "lion"):
+            for name in leaf_shapes.SHAPES:
+                for moments in ("float32", "bfloat16", "uint8"):
+                    quick = (target, rule, name, moments) in {
+                        ("v5e:2x2", "adamw", "llama-8b mlp", "bfloat16"), ("h100:1x1", "adamw", "llama-8b mlp", "bfloat16"),
+                    }  # fmt: skip
+                    yield pytest.param(target, rule, name, moments, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("target", "rule", "name", "moments"), list(optimizer_cases()))
+def test_optimizers_compile(target, rule, name, moments):
+    leaves, num_moments = leaf_shapes.SHAPES[name], {"adamw": 2, "lion": 1}[rule]
+    scaled = [moments == "uint8" and shape[-1] % 256 == 0 and len(shape) > 1 for shape in leaves]
+
+    def step(rate, count, grads, rest):
+        rows = [
+            fused_optimizer.Leaf(param, grad, tuple(kept), tuple(scales))
+            for grad, (param, kept, scales) in zip(grads, rest, strict=True)
+        ]
+        update = getattr(fused_optimizer, rule)
+        return update(rows, rate=rate, count=count, returns="params", copy=jnp.bfloat16, implementation=TARGETS[target])
+
+    def flat(rate, count, *arrays):
+        left, num = iter(arrays), num_moments
+        grads = [next(left) for _ in leaves]
+        rest = [
+            (next(left), [next(left) for _ in range(num)], [next(left) for _ in range(num * is_scaled)]) for is_scaled in scaled
+        ]
+        return step(rate, count, grads, rest)
+
+    args = [((), jnp.float32), ((), jnp.int32), *[(shape, jnp.bfloat16) for shape in leaves]]
+    for shape, is_scaled in zip(leaves, scaled, strict=True):
+        kept = jnp.float32 if moments == "uint8" and not is_scaled else jnp.dtype(moments)
+        args += [(shape, jnp.float32), *[(shape, kept)] * num_moments]
+        args += [((*shape[:-1], shape[-1] // 256), jnp.float32)] * (num_moments * is_scaled)
+    text = compile_for(target, flat, *args, donate=range(2 + len(leaves), len(args))).as_text()
+    small = [shape for shape in leaves if jnp.prod(jnp.array(shape)) < 2**16]
+    assert num_kernels(target, text) == len(leaves) - len(small) + bool(small)  # small ones share a launch

@@ -22,6 +22,13 @@ def test_a_run_leaves_json_and_a_picture(tmp_path, capsys):
     assert "1.00 of the best" in capsys.readouterr().out
 
 
+def test_rivals_have_rows_too(capsys):
+    assert main(["--op", "fused_adamw", "--shape", "llama-8b norms", "--rounds", "2"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in ("reference", "optax", "copy"))
+    assert "mosaic_tpu  not run" in said
+
+
 @pytest.mark.parametrize(("words", "hint"), [(["--op", "norms"], "'norm'"), (["--shape", "llama-8"], "'llama-8b'")])
 def test_what_is_not_known_is_suggested(words, hint, capsys):
     assert main(words) == 2
@@ -29,6 +36,8 @@ def test_what_is_not_known_is_suggested(words, hint, capsys):
 
 
 def test_every_shape_has_a_case():
-    assert {op for op, _ in cases(tiny=True, dtype="float32")} == {"norm", "linear_cross_entropy_sum"}
+    assert {op for op, _ in cases(tiny=True, dtype="float32")} == {
+        "norm", "linear_cross_entropy_sum", "quantize", "fused_adamw", "fused_lion",
+    }  # fmt: skip
     for case in cases(tiny=False, dtype="bfloat16").values():
         assert case.num_bytes > 0

@@ -110,15 +110,15 @@ def test_rules_of_a_parameter_are_those_of_its_codes():
 
 @pytest.mark.slow
 def test_nothing_travels_for_the_blocks():
-    """Stage 1 and 3: the same collectives as with float32 moments."""
-    wires = []
-    for tx in (optax.adamw(1e-2), jzero.optim.moments_8bit(optax.adamw(1e-2), min_elements=64)):
+    """Stage 3: the same collectives as with float32 moments; scales large enough to be split, or they would be gathered."""
+    wires, fused = [], jzero.optim.fused_adamw(1e-2, moments="8bit", min_elements=64)
+    for tx in (optax.adamw(1e-2), jzero.optim.moments_8bit(optax.adamw(1e-2), min_elements=64), fused):
         train_step = jzero.make_train_step(lambda p, x: jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"]) ** 2), tx)
-        step = jzero.shard(train_step, stage=3, mesh=meshes.make("8"))
+        step = jzero.shard(train_step, stage=3, mesh=meshes.make("8"), min_shard_elements=512)
         params = {"a": jnp.ones((256, 512)), "b": jnp.ones((512, 256))}
         report = step.report(jax.eval_shape(train_step.init, params), np.ones((8, 256), np.float32))
         wires.append({kind: figure["measured"] for kind, figure in report.wire_bytes["data"].items()})
-    assert wires[0] == wires[1]
+    assert wires[0] == wires[1] == wires[2]
 
 
 def test_bf16_keeps_the_mean_of_what_rounding_would_lose():

@@ -26,7 +26,7 @@ FP32 = 1e-5  # relative L2; DESIGN 6
 ORDERS = 3  # times the difference between unsharded orders; DESIGN 6
 ROUNDING = NUM_STEPS * 6e-8  # two programs differ by up to 6e-8 of a leaf (FACTS), whatever two orders of one program do
 # A moment that is stored coarsely may round the other way where sums differ in the last bit: by one part in so many.
-RESOLUTION = {"moments_8bit": 2.0**-6, "moments_bf16": 2.0**-8}
+RESOLUTION = {"moments_8bit": 2.0**-6, "moments_bf16": 2.0**-8, "fused_8bit": 2.0**-6, "fused_bf16": 2.0**-8}
 WIDTH, CLASSES, ROWS = 24, 48, 96
 MIN_SHARD_ELEMENTS = 48  # the biases of `up` and `out` shard, `shift` does not
 
@@ -119,8 +119,10 @@ def _coarse(path, leaf, resolution):
 
 
 def covered():
-    """Every pair of factors. Compressed moments, whose programs compile longest, are slow but at stage 3."""
-    late = lambda entry: entry["optimizer"] in RESOLUTION and entry["stage"] < 3
+    """Every pair. Compressed moments, whose programs compile longest, are slow but at stage 3; fused ones but one."""
+    plain = lambda entry: entry["optimizer"] == "fused_adamw" and (entry["stage"], entry["mesh"]) == (1, "8")
+    is_fused = lambda entry: entry["optimizer"].startswith("fused") and not plain(entry)
+    late = lambda entry: is_fused(entry) or (entry["optimizer"] in RESOLUTION and entry["stage"] < 3)
     return [pytest.param(entry, marks=[pytest.mark.slow] * late(entry), id=label(entry)) for entry in pairwise(FACTORS)]
 
 
