@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels._errors import explain, short, suggest
 
@@ -30,7 +31,8 @@ class Call(NamedTuple):
     device_kind: str
     arrays: tuple[jax.ShapeDtypeStruct, ...]
     options: Mapping[str, Any]
-    is_local: bool = False  # arrays are surely one device's: inside shard_map, or there is no other device
+    is_local: bool = False  # arrays are surely one device's: inside shard_map, interpreted, or there is no other device
+    auto_axes: tuple[str, ...] = ()  # of the mesh in force, over which the partitioner may split them even so
 
     @property
     def is_gpu(self) -> bool:
@@ -132,8 +134,13 @@ def device_kind() -> str:
 
 
 def _is_local() -> bool:
-    inside = bool(jax.sharding.get_abstract_mesh().manual_axes)
+    inside = bool(jax.sharding.get_abstract_mesh().manual_axes) or _interpreted.get()
     return inside or (_target.get() is None and jax.device_count() == 1)
+
+
+def _auto_axes() -> tuple[str, ...]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in mesh.auto_axes if mesh.shape[axis] > 1)
 
 
 @cache
@@ -152,7 +159,7 @@ class Op:
         """Run the chosen or named implementation on arrays; `options` are static."""
         arrays = alike(arrays)
         avals = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
-        call = Call(device_kind(), avals, options, _is_local())
+        call = Call(device_kind(), avals, options, _is_local(), _auto_axes())
         chosen, reason = self.insist(implementation, call) if implementation else self.choose(call)
         choice = Choice(self.name, chosen.name, reason, tuple(map(short, avals)))
         for choices in _records.get():
@@ -201,6 +208,13 @@ def varying(array: jax.Array) -> frozenset[str]:
     """The manual mesh axes that an array is typed as varying over."""
     found = getattr(jax.typeof(array), "manual_axis_type", None)
     return found.varying if found is not None else getattr(jax.typeof(array), "vma", frozenset())
+
+
+def zeros(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.Array:
+    """Zeros that vary over the mesh axes that `like` varies over: what a loop starts with."""
+    axes = tuple(sorted(varying(like)))
+    none = jnp.zeros(shape, dtype)
+    return jax.lax.pcast(none, axes, to="varying") if axes else none
 
 
 def alike(arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:

@@ -14,6 +14,8 @@ from numpy.random import Generator
 
 import pallas_kernels
 from pallas_kernels import norm
+from pallas_kernels.attention import ATTENTION
+from pallas_kernels.attention import shapes as attention_shapes
 from pallas_kernels.linear_cross_entropy import LOSSES, TOTAL, shapes
 from pallas_kernels.norm import NORM
 from pallas_kernels.norm import shapes as norm_shapes
@@ -69,6 +71,30 @@ def norms(name: str, *, centred: bool, has_residual: bool) -> dict[str, Row]:
     return {said: Row(NORM, make, call)}
 
 
+def attentions(name: str, length: int, *, segments: int = 0, head_dim: int = 8, **options: Any) -> dict[str, Row]:
+    """`segments`: 1, each place has one; 2, keys have their own, so that some queries see no key. Blocks of five places."""
+    twin = attention_shapes.SHAPES[name].twin(length)
+    settings = {"sliding_window": twin.sliding_window, "soft_cap": twin.soft_cap and 3.0, **options}
+
+    def make(random: Generator) -> dict[str, np.ndarray]:
+        heads = {"q": twin.num_heads, "k": twin.num_kv_heads, "v": twin.num_kv_heads}
+        found = {key: random.normal(size=(twin.batch, length, num, head_dim)) for key, num in heads.items()}
+        for key in ("segment_ids", "kv_segment_ids")[:segments]:
+            found[key] = np.sort(random.integers(0, 3, (twin.batch, length)), axis=1) + (key == "kv_segment_ids")
+        return found
+
+    def call(implementation: str, **arrays: Any) -> Any:
+        more = {"chunk": 5} if implementation == "chunked" else {}
+        found = pallas_kernels.attention(**arrays, **settings, **more, implementation=implementation)
+        return jax.tree.map(lambda part: jnp.where(jnp.isinf(part), 0.0, part), found)  # the log-sum-exp of no key
+
+    said = ",".join(f"{key}={value}" for key, value in {"length": length, "segments": segments, **options}.items())
+    return {f"attention {name} {said}": Row(ATTENTION, make, call)}
+
+
+ROWS_OF_ODD_LENGTH = (
+    "gpt2-124m length=17", "llama-8b length=20", "mixtral-8x7b length=23", "gemma-2-9b length=13", "llama-70b length=11",
+)  # fmt: skip
 ROWS: dict[str, Row] = {
     **heads("gpt2-124m"),
     **heads("llama-8b", label_smoothing=0.1),
@@ -79,12 +105,33 @@ ROWS: dict[str, Row] = {
     **norms("gpt2-124m", centred=True, has_residual=False),
     **norms("llama-8b", centred=False, has_residual=True),
     **norms("one row", centred=False, has_residual=False),
+    **attentions("gpt2-124m", 17, causal=False),
+    **attentions("llama-8b", 20, segments=1),
+    **attentions("mixtral-8x7b", 23),
+    **attentions("gemma-2-9b", 13, segments=1, causal=False, return_lse=True),
+    **attentions("llama-70b", 11, segments=2, causal=False, return_lse=True),
+    **attentions("llama-8b", 256, segments=1, head_dim=64),
+    **attentions("gemma-2-9b", 128, head_dim=128),
+    **attentions("gpt2-124m", 128, causal=False, head_dim=64),
+}
+
+
+# Rows that an implementation says it cannot do, or that no CPU can interpret: (implementation, row's beginning) -> why.
+CANNOT = {
+    ("cudnn", "attention"): "runs on a GPU",
+    **{("splash", f"attention {row}"): "multiples of 128" for row in ROWS_OF_ODD_LENGTH},
 }
 
 
 def cases() -> list[tuple[str, str]]:
     """(row, implementation) of everything but references."""
     return [(name, one) for name, row in ROWS.items() for one in row.op.table if one != row.op.reference]
+
+
+def why_not(name: str, implementation: str) -> str | None:
+    """Why an implementation cannot run a row here, as it is listed."""
+    found = [why for (one, row), why in CANNOT.items() if one == implementation and name.startswith(row)]
+    return found[0] if found else None
 
 
 def is_real(array: Any) -> bool:
