@@ -4,13 +4,13 @@
         jax.make_jaxpr(step)(state, batch)
     for choice in choices: print(choice)
 
-`recording` sees what is traced inside it, with reasons. A function that `jax.jit` has traced before is not traced again, so
-every call also stands in the program as a `jit` of a telling name: `found_in(jaxpr)` lists them all, cached or not.
+`recording` sees what is traced inside it, with reasons. A function that `jax.jit` has traced before for the same target is
+not traced again, so every call also stands in the program as a `jit` of a telling name: `found_in(jaxpr)` lists them all.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
 from pathlib import Path
@@ -58,7 +58,7 @@ class Implementation(NamedTuple):
     def refuses(self, call: Call) -> str | None:
         """Why it cannot do this on this device, or None."""
         there = {"gpu": call.is_gpu, "tpu": call.is_tpu, None: True}[self.platform]
-        if not there and not _interpreted.get():
+        if not there and not _said.value.is_interpreted:
             return f"it runs on a {str(self.platform).upper()}, and this is for {call.device_kind}"
         return self.supports(call)
 
@@ -75,14 +75,20 @@ class Choice(NamedTuple):
         return f"{self.op}({', '.join(self.arrays)}): {self.implementation}" + (f", {self.reason}" if self.reason else "")
 
 
-_target: ContextVar[str | None] = ContextVar("pallas_kernels_target", default=None)
+class _Said(NamedTuple):
+    """What the `with` blocks around a call say."""
+
+    target: str | None = None
+    is_disabled: bool = False
+    is_interpreted: bool = False
+    is_defined: bool = False
+
+
+_said = jax.make_user_context(_Said())  # part of the key of JAX's caches: what was traced in another block is traced anew
 _records: ContextVar[tuple[list[Choice], ...]] = ContextVar("pallas_kernels_records", default=())
-_disabled: ContextVar[bool] = ContextVar("pallas_kernels_disabled", default=False)
-_interpreted: ContextVar[bool] = ContextVar("pallas_kernels_interpreted", default=False)
 
 
-@contextmanager
-def target(device_kind: str) -> Iterator[None]:
+def target(device_kind: str) -> AbstractContextManager[None]:
     """What is traced inside is for devices of this kind (`device.device_kind`); else for `jax.devices()[0]`.
 
     Example:
@@ -90,11 +96,7 @@ def target(device_kind: str) -> Iterator[None]:
       ...     print(device_kind())
       TPU v5 lite
     """
-    token = _target.set(device_kind)
-    try:
-        yield
-    finally:
-        _target.reset(token)
+    return _said(_said.value._replace(target=device_kind))
 
 
 @contextmanager
@@ -108,34 +110,31 @@ def recording() -> Iterator[list[Choice]]:
         _records.reset(token)
 
 
-@contextmanager
-def disabled() -> Iterator[None]:
+def disabled() -> AbstractContextManager[None]:
     """What is traced inside takes the reference of every operation, unless an implementation is named: for comparisons."""
-    token = _disabled.set(True)
-    try:
-        yield
-    finally:
-        _disabled.reset(token)
+    return _said(_said.value._replace(is_disabled=True))
 
 
-@contextmanager
-def interpreted() -> Iterator[None]:
+def interpreted() -> AbstractContextManager[None]:
     """Kernels that are named inside run on any device, interpreted: as a check of their numbers, slowly."""
-    token = _interpreted.set(True)
-    try:
-        yield
-    finally:
-        _interpreted.reset(token)
+    return _said(_said.value._replace(is_interpreted=True))
+
+
+def by_definition() -> AbstractContextManager[None]:
+    """What is traced inside takes the reference even where an implementation is named, and is not recorded: to ask what a
+    program means, which does not depend on how it is computed.
+    """
+    return _said(_said.value._replace(is_defined=True))
 
 
 def device_kind() -> str:
     """What the program being traced is for."""
-    return _target.get() or jax.devices()[0].device_kind
+    return _said.value.target or jax.devices()[0].device_kind
 
 
 def _is_local() -> bool:
-    inside = bool(jax.sharding.get_abstract_mesh().manual_axes) or _interpreted.get()
-    return inside or (_target.get() is None and jax.device_count() == 1)
+    inside = bool(jax.sharding.get_abstract_mesh().manual_axes) or _said.value.is_interpreted
+    return inside or (_said.value.target is None and jax.device_count() == 1)
 
 
 def _auto_axes() -> tuple[str, ...]:
@@ -158,6 +157,8 @@ class Op:
     def __call__(self, *arrays: jax.Array, implementation: str | None = None, **options: Any) -> Any:
         """Run the chosen or named implementation on arrays; `options` are static."""
         arrays = alike(arrays)
+        if _said.value.is_defined:
+            return self.table[self.reference].run(*arrays, **options)
         avals = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
         call = Call(device_kind(), avals, options, _is_local(), _auto_axes())
         chosen, reason = self.insist(implementation, call) if implementation else self.choose(call)
@@ -165,8 +166,10 @@ class Op:
         for choices in _records.get():
             choices.append(choice)
         if chosen.platform:
-            options = {**options, "interpret": _interpreted.get()}
-        return _named(chosen.run, f"{_PREFIX}{self.name}{_BETWEEN}{chosen.name}", tuple(sorted(options.items())))(*arrays)
+            options = {**options, "interpret": _said.value.is_interpreted}
+        return _named(
+            chosen.run, f"{_PREFIX}{self.name}{_BETWEEN}{chosen.name}{_BETWEEN}{len(arrays)}", tuple(sorted(options.items()))
+        )(*arrays)
 
     def insist(self, name: str, call: Call) -> tuple[Implementation, str]:
         """The implementation called `name`, or an error.
@@ -189,7 +192,7 @@ class Op:
 
     def choose(self, call: Call) -> tuple[Implementation, str]:
         """The first that may be used, and why those before it may not."""
-        if _disabled.get():
+        if _said.value.is_disabled:
             return self.table[self.reference], "kernels are disabled"
         refused = []
         for one in self.table.values():
@@ -243,12 +246,13 @@ def found_in(jaxpr: Any) -> list[Choice]:
     """Every call of an operation in a program, however deep, in order; reasons are only known to `recording`."""
     found = []
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if "transpose(" in str(eqn.source_info.name_stack):
+            continue  # the backward pass of what is listed
         name = eqn.params.get("name", "")
         if isinstance(name, str) and name.startswith(_PREFIX) and _BETWEEN in name:
-            if "transpose(" in str(eqn.source_info.name_stack):
-                continue  # the backward pass of a call that is listed
-            op, implementation = name.removeprefix(_PREFIX).split(_BETWEEN, 1)
-            found.append(Choice(op, implementation, "", tuple(short(var.aval) for var in eqn.invars)))
+            op, implementation, number = name.removeprefix(_PREFIX).split(_BETWEEN)
+            arrays = tuple(short(var.aval) for var in eqn.invars[: int(number)])  # what follows, a derivative has moved there
+            found += [Choice(op, implementation, "", arrays)] if len(arrays) == int(number) else []
         else:
             found += [choice for inner in _inner(eqn.params) for choice in found_in(inner)]
     return found

@@ -7,12 +7,13 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+import pallas_kernels
 from jzero._errors import columns, explain, suggest
 from jzero._tree import short
 from jzero._types import MESH_AXES
 from jzero.attention import ring
 from jzero.attention.place import Place, place, size, status
-from jzero.attention.plain import Attention, attend
+from jzero.attention.plain import OF_XLA, Attention, attend, choose_attention
 from jzero.attention.ulysses import attend_by_heads
 
 Kind = Literal["ulysses", "ring"]
@@ -27,8 +28,9 @@ def attention(
     """Softmax attention q[B, T, H, C], k and v[B, T, K, C] -> [B, T, H, C], exact also where a mesh axis splits T.
 
     Under a step of `jzero.shard` on a mesh with that axis (or under `jax.set_mesh`) it runs as one `shard_map`: T over `axis`,
-    B over the batch axes, heads over `tensor` where that divides H and K. On any other mesh, and on none, it is plain
-    attention. With S = size of `axis`, and lengths, heads and bytes those of one device, the wire carries per pass
+    B over the batch axes, heads over `tensor` where that divides H and K. On any other mesh, and on none, it is
+    `pallas_kernels.attention` of whole sequences. With S = size of `axis`, and lengths, heads and bytes those of one device,
+    the wire carries per pass
 
     - "ulysses": two all-to-alls, of the T_sequence (H + 2 K r) C elements of q, k and v and of the T_sequence H C of their
       result, (S-1)/S of each. Where S does not divide K, each key-value head is sent r = S / gcd(K, S) times. S divides H.
@@ -45,7 +47,8 @@ def attention(
       kind: "ulysses" or "ring". Needs less wire: "ulysses", as long as S divides the heads; "ring" needs no heads.
       causal: queries see no later keys.
       segment_ids: int[B, T]; queries see only keys of their own segment. Each device gets all T of them.
-      implementation: of what a device computes by itself: "plain" or "cudnn"; None chooses. A ring has its own.
+      implementation: of what a device computes by itself (`pallas_kernels.attention`): "cudnn", "splash", "plain" or "chunked";
+        None chooses. A ring has its own.
 
     Raises:
       ValueError: shapes that disagree, an unknown kind, heads or a length that the axis does not divide.
@@ -62,7 +65,7 @@ def attention(
     """
     _check(q, k, v, axis, kind, segment_ids, implementation)
     if status(axis) == "absent":
-        return attend(q, k, v, causal=causal, segment_ids=segment_ids, implementation=implementation)
+        return _whole(q, k, v, segment_ids, axis, partial(attend, causal=causal, implementation=implementation), implementation)
     where = place(axis, q.shape[0], q.shape[2], k.shape[2])
     is_local = status(axis) == "manual"
     _check_divides(q, k, where, kind, causal, is_local)
@@ -71,6 +74,20 @@ def attention(
         return _ring(ring.Ring(axis, causal, num_kv_heads), where, is_local, q, k, v, segment_ids)
     local = partial(attend_by_heads, axis=axis, causal=causal, implementation=implementation)
     return _on_pieces(local, where, is_local, [*[_ACTIVATION] * 3, _IDS], _ACTIVATION)(q, k, v, segment_ids)
+
+
+def _whole(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, axis: str, run: Any, implementation: Any
+) -> jax.Array:
+    """On sequences in one piece. Kernels that the partitioner cannot split, or not where other axes are manual, are given one
+    device's examples and heads; what is made of XLA's operations it splits by itself.
+    """
+    where = place(axis, q.shape[0], q.shape[2], k.shape[2])
+    kind = pallas_kernels.dispatch.device_kind()
+    if not where.axes - {axis} or (implementation or choose_attention(q, k, device_kind=kind)) in OF_XLA:
+        return run(q, k, v, segment_ids=segment_ids)
+    local = lambda q, k, v, segment_ids: run(q, k, v, segment_ids=segment_ids)
+    return _on_pieces(local, where._replace(axis=None), False, [*[_ACTIVATION] * 3, _IDS], _ACTIVATION)(q, k, v, segment_ids)
 
 
 _ACTIVATION = ("batch", "length", "heads", None)

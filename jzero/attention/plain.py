@@ -12,6 +12,7 @@ from pallas_kernels.attention import ATTENTION
 from pallas_kernels.dispatch import Call
 
 Attention = Literal["cudnn", "splash", "plain", "chunked"]
+OF_XLA = ("plain", "chunked")  # made of operations that XLA's partitioner splits by itself
 
 
 def attend(

@@ -110,7 +110,7 @@ def _listed(cut: Cut) -> jax.Array:
     return jnp.array([(*pair, int(one)) for pair, one in zip(pairs, first, strict=True)], jnp.int32)
 
 
-def _operands(cut: Cut, pair: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+def _operands(cut: Cut, pair: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return _take(cut, pair[0])(q, 1), _take(cut, pair[1])(k, 1), _take(cut, pair[1])(v, 1)
 
 

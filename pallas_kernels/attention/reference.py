@@ -29,7 +29,7 @@ def _attend(
     soft_cap: float | None, scale: float,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     scores = jnp.einsum("btkgc,bskc->bkgts", grouped(q, k), k).astype(wide(q.dtype)) * scale
-    mask = visible(jnp.arange(q.shape[1]), jnp.arange(k.shape[1]), causal=causal, sliding_window=sliding_window)
+    mask: Any = visible(jnp.arange(q.shape[1]), jnp.arange(k.shape[1]), causal=causal, sliding_window=sliding_window)
     if segments:
         mask = both(mask, same_segment(segments[0], segments[-1])[:, None, None])
     scores = masked(capped(scores, Scores(scale, soft_cap)), mask)
