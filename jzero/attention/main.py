@@ -186,7 +186,7 @@ def _check(q: Any, k: Any, v: Any, axis: Any, kind: Any, segment_ids: Any, imple
 
 def _check_divides(q: jax.Array, k: jax.Array, where: Place, kind: Kind, causal: bool, is_local: bool) -> None:
     """What does not fit this mesh, with the sizes that would."""
-    num, own = size(where.axis), 1 if is_local else size(where.heads)
+    num, own = size(where.length), 1 if is_local else size(where.heads)
     length, num_heads = q.shape[1] * (num if is_local else 1), q.shape[2] // own
     context = f"mesh {dict(jax.sharding.get_abstract_mesh().shape)}; kind={kind!r}, causal={causal}"
     pieces = num * (2 if kind == "ring" and causal else 1)

@@ -3,7 +3,7 @@
 Shapes: B batch, T length, H heads, K key-value heads, C head dim.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -26,7 +26,7 @@ def attend(
     return pallas_kernels.attention(q, k, v, causal=causal, segment_ids=segment_ids, implementation=implementation)
 
 
-def choose_attention(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct, *, device_kind: str) -> str:
-    """The name of what causal attention of these shapes, one device's, takes on such a device."""
+def choose_attention(q: Any, k: Any, *, device_kind: str) -> str:
+    """The name of what causal attention of arrays like these (shapes suffice), one device's, takes on such a device."""
     options = {"causal": True, "sliding_window": None, "soft_cap": None, "return_lse": False}
     return ATTENTION.choose(Call(device_kind, (q, k, k), options, is_local=True))[0].name
