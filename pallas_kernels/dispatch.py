@@ -32,6 +32,7 @@ class Call(NamedTuple):
     arrays: tuple[jax.ShapeDtypeStruct, ...]
     options: Mapping[str, Any]
     is_local: bool = False  # arrays are surely one device's: inside shard_map, interpreted, or there is no other device
+    is_nested: bool = False  # in a shard_map inside another, as `inside_another` says
     auto_axes: tuple[str, ...] = ()  # of the mesh in force, over which the partitioner may split them even so
 
     @property
@@ -82,6 +83,7 @@ class _Said(NamedTuple):
     is_disabled: bool = False
     is_interpreted: bool = False
     is_defined: bool = False
+    is_nested: bool = False
 
 
 _said = jax.make_user_context(_Said())  # part of the key of JAX's caches: what was traced in another block is traced anew
@@ -118,6 +120,11 @@ def disabled() -> AbstractContextManager[None]:
 def interpreted() -> AbstractContextManager[None]:
     """Kernels that are named inside run on any device, interpreted: as a check of their numbers, slowly."""
     return _said(_said.value._replace(is_interpreted=True))
+
+
+def inside_another() -> AbstractContextManager[None]:
+    """What is traced inside stands in a `shard_map` inside another, where a compiler may not take everything."""
+    return _said(_said.value._replace(is_nested=True))
 
 
 def by_definition() -> AbstractContextManager[None]:
@@ -160,7 +167,7 @@ class Op:
         if _said.value.is_defined:
             return self.table[self.reference].run(*arrays, **options)
         avals = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
-        call = Call(device_kind(), avals, options, _is_local(), _auto_axes())
+        call = Call(device_kind(), avals, options, _is_local(), _said.value.is_nested, _auto_axes())
         chosen, reason = self.insist(implementation, call) if implementation else self.choose(call)
         choice = Choice(self.name, chosen.name, reason, tuple(map(short, avals)))
         for choices in _records.get():

@@ -1,6 +1,7 @@
 """`jzero.attention`: exact attention, whether or not a mesh axis splits the sequence."""
 
 import difflib
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -13,7 +14,7 @@ from jzero._tree import short
 from jzero._types import MESH_AXES
 from jzero.attention import ring
 from jzero.attention.place import Place, place, size, status
-from jzero.attention.plain import OF_XLA, Attention, attend, choose_attention
+from jzero.attention.plain import NEVER_SPLIT, Attention, attend, choose_attention
 from jzero.attention.ulysses import attend_by_heads
 
 Kind = Literal["ulysses", "ring"]
@@ -79,12 +80,10 @@ def attention(
 def _whole(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, axis: str, run: Any, implementation: Any
 ) -> jax.Array:
-    """On sequences in one piece. Kernels that the partitioner cannot split, or not where other axes are manual, are given one
-    device's examples and heads; what is made of XLA's operations it splits by itself.
-    """
+    """On sequences in one piece. The kernel that no partitioner can split is given one device's examples and heads."""
     where = place(axis, q.shape[0], q.shape[2], k.shape[2])
     kind = pallas_kernels.dispatch.device_kind()
-    if not where.axes - {axis} or (implementation or choose_attention(q, k, device_kind=kind)) in OF_XLA:
+    if not where.axes - {axis} or (implementation or choose_attention(q, k, device_kind=kind)) != NEVER_SPLIT:
         return run(q, k, v, segment_ids=segment_ids)
     local = lambda q, k, v, segment_ids: run(q, k, v, segment_ids=segment_ids)
     return _on_pieces(local, where._replace(axis=None), False, [*[_ACTIVATION] * 3, _IDS], _ACTIVATION)(q, k, v, segment_ids)
@@ -102,13 +101,15 @@ def _on_pieces(local: Any, where: Place, is_local: bool, ins: Any, outs: Any) ->
         return local
 
     def run(*args: Any) -> Any:
+        is_nested = bool(jax.sharding.get_abstract_mesh().manual_axes)
         present = [index for index, arg in enumerate(args) if arg is not None]
 
         def on_pieces(*given: Any) -> Any:
             full: list[Any] = [None] * len(args)
             for index, value in zip(present, given, strict=True):
                 full[index] = value
-            return local(*full)
+            with pallas_kernels.dispatch.inside_another() if is_nested else nullcontext():
+                return local(*full)
 
         specs = where.spec(*outs) if isinstance(outs[0], str | None) else tuple(where.spec(*dims) for dims in outs)
         mapped = jax.shard_map(

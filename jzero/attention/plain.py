@@ -12,7 +12,7 @@ from pallas_kernels.attention import ATTENTION
 from pallas_kernels.dispatch import Call
 
 Attention = Literal["cudnn", "splash", "plain", "chunked"]
-OF_XLA = ("plain", "chunked")  # made of operations that XLA's partitioner splits by itself
+NEVER_SPLIT = "splash"  # the others' operations, or cuDNN's own rule, tell XLA's partitioner how
 
 
 def attend(

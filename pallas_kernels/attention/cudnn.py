@@ -33,6 +33,8 @@ def why_not(call: Call) -> str | None:
         return "its rows without a key are not 0"
     if segments and (q.shape[1] % 2 or k.shape[1] % 2):
         return f"with segment ids lengths are even, not {q.shape[1]} and {k.shape[1]}"
+    if call.is_nested:  # in a loop or a jit; jax 0.11.2, H100
+        return "in a shard_map inside another its partitioner ends the compiler's process"
     if call.is_local and call.auto_axes:
         return f"its partitioner fails over {', '.join(call.auto_axes)} where other axes are manual"  # jax 0.11.2
     if jax.default_backend() != "gpu":
