@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jzero._errors import explain, suggest
 from jzero._tree import is_float
+from pallas_kernels import rounding
 
 
 class PrecisionPolicy(NamedTuple):
@@ -83,14 +84,13 @@ def cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if is_float(leaf) else leaf, tree)
 
 
-def round_stochastically(value: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
+def round_stochastically(value: jax.Array, dtype: Any, seed: jax.Array) -> jax.Array:
     """`value` (float32) rounded to a neighbour in bfloat16 with probability by distance, so that the mean is kept.
 
-    Adds uniform noise below the kept bits and truncates: bfloat16 is float32's upper half. Infinities and NaN pass.
+    The noise is a function of an element's index and the seed (of `rounding.fold`), so all shardings round alike. Infinities
+    and NaN pass.
     """
     if jnp.dtype(dtype) != jnp.bfloat16:
         return value.astype(dtype)
-    bits = jax.lax.bitcast_convert_type(value.astype(jnp.float32), jnp.uint32)
-    noise = jax.random.bits(key, value.shape, jnp.uint16).astype(jnp.uint32)
-    rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.isfinite(value), rounded, value).astype(jnp.bfloat16)
+    noise = rounding.bits(rounding.places(value.shape), seed) >> 16
+    return rounding.to_bfloat16(value.astype(jnp.float32), noise)

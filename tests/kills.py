@@ -48,41 +48,51 @@ def batch_of(i):
     return np.random.default_rng((7, i)).normal(size=(24, 24)).astype(np.float32)
 
 
-def live(folder, log, num_steps, *, digests):
-    """One life. `log` gets a line for each event, written at once; a life that fails leaves its traceback there."""
+def live(say, folder, num_steps, *, digests):
+    """One life."""
+    train_step, make_state = tiny.make("composed")
+    step = jzero.shard(train_step, stage=3, min_shard_elements=64)
+    manager = jzero.CheckpointManager(folder, every=SAVE_EVERY, keep=2)
+    first = 1
+    if manager.steps():
+        state, first = manager.restore(step)
+        say("restored", manager.restored, digest(state))
+    else:
+        state = step.place(make_state(tiny.make_params()))
+        say("began")
+    for i in range(first, num_steps + 1):
+        state, metrics = step(state, batch_of(i))
+        say("step", i, float(metrics["loss"]).hex(), digest(state) if digests and i % SAVE_EVERY == 0 else None)
+        if i % SAVE_EVERY == 0:
+            say("saving", i)
+        manager.save(i, state, data=i + 1)
+        time.sleep(PAUSE_SECONDS)
+    manager.wait()
+
+
+def fork(live, log, *words, **options):
+    """The process of a life, `live(say, ...)`. `log` gets a line for each event, written at once, and how the life ended."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     say = lambda *words: os.write(out, (json.dumps(words) + "\n").encode())
     try:
-        train_step, make_state = tiny.make("composed")
-        step = jzero.shard(train_step, stage=3, min_shard_elements=64)
-        manager = jzero.CheckpointManager(folder, every=SAVE_EVERY, keep=2)
-        first = 1
-        if manager.steps():
-            state, first = manager.restore(step)
-            say("restored", manager.restored, digest(state))
-        else:
-            state = step.place(make_state(tiny.make_params()))
-            say("began")
-        for i in range(first, num_steps + 1):
-            state, metrics = step(state, batch_of(i))
-            say("step", i, float(metrics["loss"]).hex(), digest(state) if digests and i % SAVE_EVERY == 0 else None)
-            if i % SAVE_EVERY == 0:
-                say("saving", i)
-            manager.save(i, state, data=i + 1)
-            time.sleep(PAUSE_SECONDS)
-        manager.wait()
+        live(say, *words, **options)
         say("ended")
     except BaseException:
         say("failed", traceback.format_exc())
     os._exit(0)
 
 
-def fork(*words, **options):
-    sys.stdout.flush()
-    pid = os.fork()
-    if not pid:
-        live(*words, **options)
-    return pid
+def uninterrupted(live, where, num_steps):
+    """The events of a whole life, and compiled programs on disk for all that follow."""
+    jax.config.update("jax_compilation_cache_dir", str(where / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    os.waitpid(fork(live, where / "whole.log", where / "whole", num_steps, digests=True), 0)
+    whole = events(where / "whole.log")
+    assert whole[-1] == ["ended"], whole[-1]
+    return whole
 
 
 def events(log):
@@ -111,21 +121,31 @@ def damaged(folder):
     return found
 
 
+def is_gone(pid):
+    return bool(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT))
+
+
+def kill_at(pid, log, event, num, seconds):
+    """SIGKILL some seconds after the life said `event` for the `num`-th time; whether it was still there."""
+    while sum(said[0] == event for said in events(log)) < num and not is_gone(pid):
+        time.sleep(0.002)
+    time.sleep(seconds)
+    return kill(pid)
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
 def kill_once(pid, log, random, life_seconds):
     """SIGKILL at a random moment; whether the life was still there. Every other one waits until a save has begun."""
     if random.random() < 0.5:
-        end = time.monotonic() + random.uniform(0, life_seconds)
-        while time.monotonic() < end and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            time.sleep(0.001)
-    else:
-        wanted = random.randint(1, 3)
-        while sum(event[0] == "saving" for event in events(log)) < wanted:
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                break
-            time.sleep(0.002)
-        time.sleep(random.uniform(0, 0.3))
-    os.kill(pid, signal.SIGKILL)
-    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        return kill_at(pid, log, "saving", random.randint(1, 3), random.uniform(0, 0.3))
+    end = time.monotonic() + random.uniform(0, life_seconds)
+    while time.monotonic() < end and not is_gone(pid):
+        time.sleep(0.001)
+    return kill(pid)
 
 
 def check_life(life, reference, before):
@@ -144,13 +164,7 @@ def check_life(life, reference, before):
 
 
 def run(where, num_kills, seed, num_steps, life_seconds):
-    began = time.monotonic()
-    jax.config.update("jax_compilation_cache_dir", str(where / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    os.waitpid(fork(where / "whole", where / "whole.log", num_steps, digests=True), 0)
-    whole = events(where / "whole.log")
-    assert whole[-1] == ["ended"], whole[-1]
-    reference = {event[1]: (event[2], event[3]) for event in whole if event[0] == "step"}
+    reference = {event[1]: (event[2], event[3]) for event in uninterrupted(live, where, num_steps) if event[0] == "step"}
 
     choose, folder, wrong = random.Random(seed), where / "killed", []
     found = {"kills": 0, "in_start": 0, "in_training": 0, "with_a_half_written_checkpoint": 0, "resumed": 0, "runs": 1}
@@ -158,7 +172,7 @@ def run(where, num_kills, seed, num_steps, life_seconds):
     while found["kills"] < num_kills or whole_again != "ended":
         lives += 1
         before, log = complete(folder), where / f"life{lives}.log"
-        pid = fork(folder, log, num_steps, digests=False)
+        pid = fork(live, log, folder, num_steps, digests=False)
         if found["kills"] < num_kills:
             found["kills"] += kill_once(pid, log, choose, life_seconds)
         else:
@@ -176,25 +190,26 @@ def run(where, num_kills, seed, num_steps, life_seconds):
         if whole_again == "ended" and found["kills"] < num_kills:  # ended before it could be killed: once more from the start
             folder, found["runs"] = where / f"killed{lives}", found["runs"] + 1
     steps = sum(event[0] == "step" for log in where.glob("life*.log") for event in events(log))
-    return {**found, "lives": lives, "losses_compared": steps, "wrong": wrong, "seconds": round(time.monotonic() - began, 1)}
+    return {**found, "lives": lives, "losses_compared": steps, "wrong": wrong}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--life-seconds", type=float, default=6.0)
+def main(about, run, script, num_kills, **options):
+    """The command of a script of kills: `run(folder, options)` is a dict, whose "wrong" must be empty."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = {"kills": num_kills, "seed": 0, "steps": 400, **options}
+    for name, value in options.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    chosen, began = parser.parse_args(), time.monotonic()
     with tempfile.TemporaryDirectory() as where:
-        result = run(Path(where), options.kills, options.seed, options.steps, options.life_seconds)
-    result["command"] = " ".join(["python", "tests/kills.py", *sys.argv[1:]])
+        result = run(Path(where), *(getattr(chosen, name) for name in options))
+    result["seconds"] = round(time.monotonic() - began, 1)
+    result["command"] = " ".join(["python", f"tests/{Path(script).name}", *sys.argv[1:]])
     print(json.dumps(result, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if chosen.json:
+        chosen.json.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(bool(result["wrong"]))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, run, __file__, 100, life_seconds=6.0)

@@ -7,18 +7,9 @@ anew, and trains on. After every kill the swap that the life left is read byte b
 and the moments of all files must be those that an uninterrupted run had after that step, bit by bit. Losses likewise.
 """
 
-import argparse
 import contextlib
 import hashlib
-import json
-import os
 import random
-import signal
-import sys
-import tempfile
-import time
-import traceback
-from pathlib import Path
 
 import kills  # sets the environment, so before jax
 
@@ -44,49 +35,24 @@ def digest(leaves):
     return sha256.hexdigest()
 
 
-def live(where, log, num_steps, *, digests):
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    say = lambda *words: os.write(out, (json.dumps(words) + "\n").encode())
-    try:
-        train_step, make_state = tiny.make("composed")
-        offload = jzero.Offload(opt_state=f"nvme:{where / 'swap'}", bucket_bytes=2000)
-        step = jzero.shard(train_step, stage=3, min_shard_elements=64, offload=offload)
-        manager, first = jzero.CheckpointManager(where / "run", every=SAVE_EVERY, keep=2), 1
-        if manager.steps():
-            state, first = manager.restore(step)
-            say("restored", manager.restored)
-        else:
-            state = step.place(make_state(tiny.make_params()))
-            say("began")
-        for i in range(first, num_steps + 1):
-            say("updating", i)
-            state, metrics = step(state, kills.batch_of(i))
-            moments = {leaf.path: leaf for leaf in jax.tree.leaves(state.opt_state) if isinstance(leaf, DiskArray)}
-            say("step", i, float(metrics["loss"]).hex(), digest(moments) if digests else None)
-            manager.save(i, state, data=i + 1)
-        manager.wait()
-        say("ended")
-    except BaseException:
-        say("failed", traceback.format_exc())
-    os._exit(0)
-
-
-def fork(*words, **options):
-    sys.stdout.flush()
-    pid = os.fork()
-    if not pid:
-        live(*words, **options)
-    return pid
-
-
-def kill_once(pid, log, random):
-    """SIGKILL some updates after the life's first, at a moment within one; whether the life was still there."""
-    wanted, gone = random.randint(1, 12), lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    while sum(event[0] == "updating" for event in kills.events(log)) < wanted and not gone():
-        time.sleep(0.002)
-    time.sleep(random.uniform(0, 0.1))
-    os.kill(pid, signal.SIGKILL)
-    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+def live(say, where, num_steps, *, digests):
+    train_step, make_state = tiny.make("composed")
+    offload = jzero.Offload(opt_state=f"nvme:{where / 'swap'}", bucket_bytes=2000)
+    step = jzero.shard(train_step, stage=3, min_shard_elements=64, offload=offload)
+    manager, first = jzero.CheckpointManager(where / "run", every=SAVE_EVERY, keep=2), 1
+    if manager.steps():
+        state, first = manager.restore(step)
+        say("restored", manager.restored)
+    else:
+        state = step.place(make_state(tiny.make_params()))
+        say("began")
+    for i in range(first, num_steps + 1):
+        say("updating", i)
+        state, metrics = step(state, kills.batch_of(i))
+        moments = {leaf.path: leaf for leaf in jax.tree.leaves(state.opt_state) if isinstance(leaf, DiskArray)}
+        say("step", i, float(metrics["loss"]).hex(), digest(moments) if digests else None)
+        manager.save(i, state, data=i + 1)
+    manager.wait()
 
 
 def check_swap(where, reference, life):
@@ -114,12 +80,7 @@ def check_swap(where, reference, life):
 
 
 def run(where, num_kills, seed, num_steps):
-    began = time.monotonic()
-    jax.config.update("jax_compilation_cache_dir", str(where / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    os.waitpid(fork(where / "whole", where / "whole.log", num_steps, digests=True), 0)
-    whole = kills.events(where / "whole.log")
-    assert whole[-1] == ["ended"], whole[-1]
+    whole = kills.uninterrupted(live, where, num_steps)
     losses = {event[1]: event[2] for event in whole if event[0] == "step"}
     moments = {event[1]: event[3] for event in whole if event[0] == "step"}
     choose, folder, wrong = random.Random(seed), where / "killed", []
@@ -128,8 +89,9 @@ def run(where, num_kills, seed, num_steps):
     while found["kills"] < num_kills:
         lives += 1
         log = where / f"life{lives}.log"
-        pid = fork(folder, log, num_steps, digests=False)
-        found["kills"] += kill_once(pid, log, choose)
+        pid = kills.fork(live, log, folder, num_steps, digests=False)
+        # most often within an update, and never before the life's first
+        found["kills"] += kills.kill_at(pid, log, "updating", choose.randint(1, 12), choose.uniform(0, 0.1))
         life = kills.events(log)
         wrong += [f"life {lives}: {event[1]}" for event in life if event[0] == "failed"]
         steps = [event for event in life if event[0] == "step"]
@@ -145,41 +107,30 @@ def run(where, num_kills, seed, num_steps):
             found["resumed"] += life[0][0] == "restored"
         if [event for event in life if event[0] in ("failed", "ended")]:
             folder = where / f"killed{lives}"
-    return {**found, "lives": lives, "losses_compared": compared, "wrong": wrong, "seconds": round(time.monotonic() - began, 1)}
+    return {**found, "lives": lives, "losses_compared": compared, "wrong": wrong}
 
 
 def half_written(folder):
-    """Whether some files, and not all, have the generation after the committed one."""
-    for left in folders.leftovers(folder / "swap" / "process-0", set()):
-        try:
-            commit, rows = swap.load(left.folder / swap.COMMIT), swap.load(left.folder / swap.LAYOUT)["leaves"]
-        except (FileNotFoundError, CorruptSwap):
-            continue
-        newer = 0
-        for row in rows:
-            about = {name: value for name, value in row.items() if name not in ("bytes", "file")}
-            file = swap.ShardFile(left.folder / row["file"], about, row["bytes"])
-            with contextlib.suppress(CorruptSwap):  # no header yet
-                newer += file.header((commit["generation"] + 1) % 2)["generation"] == commit["generation"] + 1
-        return newer > 0
-    return False
+    """Whether some files of a swap, and not all, have the generation after the committed one."""
+    return any(
+        0 < newer < num_files for newer, num_files in map(written, folders.leftovers(folder / "swap" / "process-0", set()))
+    )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as where:
-        result = run(Path(where), options.kills, options.seed, options.steps)
-    result["command"] = " ".join(["python", "tests/kills_nvme.py", *sys.argv[1:]])
-    print(json.dumps(result, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    sys.exit(bool(result["wrong"]))
+def written(left):
+    """The number of a swap's files that have the generation after the committed one, and of all."""
+    try:
+        commit, rows = swap.load(left.folder / swap.COMMIT), swap.load(left.folder / swap.LAYOUT)["leaves"]
+    except (FileNotFoundError, CorruptSwap):
+        return 0, 0
+    newer = 0
+    for row in rows:
+        about = {name: value for name, value in row.items() if name not in ("bytes", "file")}
+        file = swap.ShardFile(left.folder / row["file"], about, row["bytes"])
+        with contextlib.suppress(CorruptSwap):  # no header yet
+            newer += file.header((commit["generation"] + 1) % 2)["generation"] == commit["generation"] + 1
+    return newer, len(rows)
 
 
 if __name__ == "__main__":
-    main()
+    kills.main(__doc__, run, __file__, 50)

@@ -8,6 +8,7 @@ import optax
 
 from jzero._tree import is_float
 from jzero.precision import round_stochastically
+from pallas_kernels import rounding
 
 
 class MomentsBf16State(NamedTuple):
@@ -49,9 +50,9 @@ def moments_bf16(optimizer: optax.GradientTransformation, *, seed: int = 0) -> o
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if _is_narrow(leaf) else leaf, state.inner)
         updates, after = inner.update(updates, wide, params, **extra)
-        key, leaves = jax.random.fold_in(jax.random.key(seed), state.count), jax.tree.leaves(after)
+        leaves, fold = jax.tree.leaves(after), rounding.fold
         stored = [
-            round_stochastically(leaf, _at_rest(leaf), jax.random.fold_in(key, index)) if _at_rest(leaf) != leaf.dtype else leaf
+            round_stochastically(leaf, _at_rest(leaf), fold(seed, state.count, index)) if _at_rest(leaf) != leaf.dtype else leaf
             for index, leaf in enumerate(leaves)
         ]
         return updates, MomentsBf16State(jax.tree.unflatten(jax.tree.structure(after), stored), state.count + 1)

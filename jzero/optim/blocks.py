@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jzero.optim import dynamic_map
+from pallas_kernels.quantize import dynamic_map
+from pallas_kernels.quantize.cut import blocked, whole
 
 BLOCK = 256  # as bitsandbytes; 4 bytes of scale are then 1.6% of the block
 _SHARDS = 8  # a dim that this does not divide, such as a vocabulary of 50,257, is hardly ever sharded
@@ -42,31 +43,18 @@ class Shape(NamedTuple):
 def quantize(values: jax.Array, *, signed: bool) -> tuple[jax.Array, jax.Array]:
     """uint8 codes of the array's shape, and float32 scales."""
     cut = Shape.of(values.shape)
-    blocks = _blocked(values.astype(jnp.float32), cut)
+    blocks = blocked(values.astype(jnp.float32), cut.dim, cut.block)
     scales = jnp.max(jnp.abs(blocks), axis=cut.dim + 1)
     wide = jnp.expand_dims(scales, cut.dim + 1)
     codes = dynamic_map.encode(blocks / jnp.where(wide > 0, wide, 1), signed=signed)
-    return _whole(codes, cut, values.shape), scales
+    return whole(codes, cut.dim, values.shape[cut.dim]), scales
 
 
 def dequantize(codes: jax.Array, scales: jax.Array, *, signed: bool) -> jax.Array:
     """The values again, float32."""
     cut = Shape.of(codes.shape)
-    blocks = dynamic_map.decode(_blocked(codes, cut), signed=signed)
-    return _whole(blocks * jnp.expand_dims(scales.astype(jnp.float32), cut.dim + 1), cut, codes.shape)
-
-
-def _blocked(values: jax.Array, cut: Shape) -> jax.Array:
-    """`[..., num_blocks, block, ...]`, the last block filled up."""
-    missing = cut.num_blocks * cut.block - values.shape[cut.dim]
-    if missing:
-        values = jnp.pad(values, [(0, missing if dim == cut.dim else 0) for dim in range(values.ndim)])
-    return values.reshape(*values.shape[: cut.dim], cut.num_blocks, cut.block, *values.shape[cut.dim + 1 :])
-
-
-def _whole(blocks: jax.Array, cut: Shape, shape: tuple[int, ...]) -> jax.Array:
-    full = (*shape[: cut.dim], cut.num_blocks * cut.block, *shape[cut.dim + 1 :])
-    return jax.lax.slice_in_dim(blocks.reshape(full), 0, shape[cut.dim], axis=cut.dim)
+    blocks = dynamic_map.decode(blocked(codes, cut.dim, cut.block), signed=signed)
+    return whole(blocks * jnp.expand_dims(scales.astype(jnp.float32), cut.dim + 1), cut.dim, codes.shape[cut.dim])
 
 
 def num_bytes(shape: tuple[int, ...]) -> int:

@@ -17,6 +17,7 @@ from jzero._tree import is_key, named_leaves
 from jzero.precision import PrecisionPolicy, round_stochastically
 from jzero.step import params as parameters
 from jzero.step.state import TrainState, next_loss_scale
+from pallas_kernels.rounding import fold
 
 _ROUNDING_STREAM = 0x5A  # folded into the step's key, apart from the microbatch indices
 
@@ -145,26 +146,21 @@ def optimize(
     opt_state = jax.tree.map(lambda kept, kind: kept.astype(kind.dtype), state.opt_state, kinds)
     updates, opt_state = optimizer.update(grad_tree, opt_state, wide, value=loss)
     new = jax.tree.leaves(optax.apply_updates(wide, updates))
-    key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), _ROUNDING_STREAM)
-    opt_state = _stored_moments(opt_state, policy, jax.random.fold_in(key, len(new)))
+    seed = jax.random.bits(jax.random.fold_in(jax.random.fold_in(state.rng, state.step), _ROUNDING_STREAM), (), jnp.uint32)
+    opt_state = _stored_moments(opt_state, policy, fold(seed, len(new)))
     olds = parameters.select(leaves, mask)
-    stored = [
-        _stored(value, old.dtype, jax.random.fold_in(key, index))
-        for index, (value, old) in enumerate(zip(new, olds, strict=True))
-    ]
+    stored = [_stored(value, old.dtype, fold(seed, index)) for index, (value, old) in enumerate(zip(new, olds, strict=True))]
     return jax.tree.unflatten(treedef, parameters.merge(stored, leaves, mask)), opt_state
 
 
-def _stored(value: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
-    return round_stochastically(value, dtype, key) if jnp.dtype(dtype).itemsize < value.dtype.itemsize else value.astype(dtype)
+def _stored(value: jax.Array, dtype: Any, seed: jax.Array) -> jax.Array:
+    return round_stochastically(value, dtype, seed) if jnp.dtype(dtype).itemsize < value.dtype.itemsize else value.astype(dtype)
 
 
-def _stored_moments(opt_state: Any, policy: PrecisionPolicy, key: jax.Array) -> Any:
+def _stored_moments(opt_state: Any, policy: PrecisionPolicy, seed: jax.Array) -> Any:
     """Moments rounded stochastically too: at b2 = 0.999 the second moment moves by less than bfloat16 can tell apart."""
     count = iter(range(len(jax.tree.leaves(opt_state))))
-    return parameters.store_moments(
-        opt_state, policy, lambda leaf, dtype: _stored(leaf, dtype, jax.random.fold_in(key, next(count)))
-    )
+    return parameters.store_moments(opt_state, policy, lambda leaf, dtype: _stored(leaf, dtype, fold(seed, next(count))))
 
 
 def check(metrics: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ class Along(NamedTuple):
 
     total: Total
     largest: Total
+    spread: Total = lambda value: value  # what `total` and `largest` give, against which rows broadcast
 
 
 class Pass(NamedTuple):

@@ -14,7 +14,7 @@ _PROGRAMS = 132 * 4  # where sums are kept: a few per multiprocessor of an H100,
 _ALONG = Along(jnp.sum, jnp.max)
 
 
-def _mosaic() -> Any:
+def mosaic() -> Any:
     """Imported when a kernel is made: importing it sets environment variables."""
     from jax.experimental.pallas import mosaic_gpu
 
@@ -26,12 +26,12 @@ def layout_of(dim: int, dtypes: Sequence[Any]) -> Any:
     vector = 16 // max(jnp.dtype(dtype).itemsize for dtype in dtypes)
     while dim % (_THREADS * vector):
         vector //= 2
-    return _mosaic().Layout.WG_STRIDED((dim,), vec_size=vector)
+    return mosaic().Layout.WG_STRIDED((dim,), vec_size=vector)
 
 
 def run(one: Pass, rows: Sequence[jax.Array], shared: Sequence[jax.Array] = (), *, interpret: bool = False) -> list[jax.Array]:
     """Outputs [N, D], then sums float32[D]."""
-    plgpu = _mosaic()
+    plgpu = mosaic()
     num_rows, dim = rows[0].shape
     programs = min(num_rows, _PROGRAMS) if one.num_sums else num_rows
     each = pl.cdiv(num_rows, programs)
@@ -72,5 +72,5 @@ def run(one: Pass, rows: Sequence[jax.Array], shared: Sequence[jax.Array] = (), 
 
 
 def _place(row: Any, dim: int, layout: Any) -> jax.Array:
-    column = _mosaic().broadcasted_iota(jnp.int32, (dim,), 0, layout=layout)
+    column = mosaic().broadcasted_iota(jnp.int32, (dim,), 0, layout=layout)
     return (row * dim + column).astype(jnp.uint32)

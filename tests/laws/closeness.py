@@ -1,5 +1,6 @@
 """How far two pytrees of the same structure are apart, leaf by leaf."""
 
+import collections
 from typing import NamedTuple
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jzero._tree import is_key, named_leaves
+
+LOW_PRECISION = 1.5  # times the unsharded run's own error in 16 bits; DESIGN 6
 
 
 class Leaves(NamedTuple):
@@ -48,3 +51,14 @@ def assert_same_others(actual, expected, what):
     """Counters, keys and flags are equal."""
     different = [path for path, leaf in expected.others.items() if not np.array_equal(leaf, actual.others[path])]
     assert not different, f"{what}: {different} differ"
+
+
+def assert_no_worse(actual, expected, exact, group=None):
+    """Errors against float32 beside the unsharded run's `expected`, leaf by leaf or, by `group(path)`, in groups of leaves."""
+    group = group or (lambda path: path)
+    allowed, found = collections.Counter(), collections.Counter()
+    for errors, total in ((gaps(expected, exact), allowed), (gaps(actual, exact), found)):
+        for path, error in errors.items():
+            total[group(path)] += error**2
+    wrong = {name: (found[name], allowed[name]) for name in found if found[name] > LOW_PRECISION**2 * allowed[name]}
+    assert not wrong, f"squared errors against float32, sharded and unsharded: {wrong}"

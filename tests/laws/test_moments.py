@@ -10,7 +10,8 @@ import tiny
 from jax.sharding import PartitionSpec
 
 import jzero
-from jzero.optim import blocks, dynamic_map
+from jzero.optim import blocks
+from pallas_kernels.quantize import dynamic_map
 
 BYTES = jnp.arange(256, dtype=jnp.uint8)
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_parity_composed import FP32, LOW_PRECISION
+from closeness import LOW_PRECISION
+from test_parity_composed import FP32
 
 import jzero
 

@@ -31,7 +31,7 @@ def encode(values: jax.Array, *, signed: bool) -> jax.Array:
     magnitude = jnp.abs(values.astype(jnp.float32))
     decade = _count(magnitude >= scale for scale in _SCALES[:-1])
     scale, count = _select(decade, _SCALES), jnp.left_shift(1, decade + (not signed))
-    offset = jnp.floor((magnitude / scale - 0.1) / 0.9 * count).astype(jnp.int32)
+    offset = ((magnitude / scale - 0.1) / 0.9 * count).astype(jnp.int32)  # cut off; what is below 0 is clipped
     code = count + jnp.clip(offset, 0, count - 1) - (not signed)
     half_step = 0.45 / 2 ** (NUM_DECADES - (1 if signed else 0))
     code = jnp.where(magnitude >= 1 - half_step / 2, _TOP[signed], code)

@@ -1,0 +1,62 @@
+"""Leaves larger than a bucket."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from swapped import numbers
+
+import jzero
+from jzero.offload.nvme.shard_file import part_bytes
+
+
+def test_a_leaf_larger_than_a_bucket_goes_by_rows(tmp_path):
+    """Stacked layers, 3 MiB a moment, in buckets of 2 MiB: the numbers of the whole, in a pool of slices."""
+
+    def stacked_loss(params, x):
+        out, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])
+        return jnp.mean((out @ params["head"]) ** 2)
+
+    params = {"layers": jax.random.normal(jax.random.key(0), (12, 256, 256)) / 16, "head": jnp.ones((256, 8))}
+    mesh = jzero.make_mesh(devices=jax.devices()[:1])
+    x = np.random.default_rng(0).normal(size=(4, 256)).astype(np.float32)
+
+    def run(offload, num):
+        train_step = jzero.make_train_step(stacked_loss, optax.adamw(1e-3), accumulate=2, clip_norm=0.1)
+        step = jzero.shard(train_step, stage=3, mesh=mesh, offload=offload)
+        state = step.place(train_step.init(params))
+        for _ in range(num):
+            state, metrics = step(state, x)
+        return step, state, float(metrics["loss"])
+
+    where = f"nvme:{tmp_path}"
+    sliced = jzero.Offload(opt_state=where, bucket_bytes=2**21)
+    _, expected, _ = run(None, 1)
+    step, state, _ = run(sliced, 1)
+    for one, other in zip(numbers(state), numbers(expected), strict=True):
+        assert np.max(np.abs(one - other)) <= 2 * np.spacing(np.float32(np.max(np.abs(other))))  # as the law of parity
+    for _ in range(3):
+        state, metrics = step(state, x)
+    assert float(metrics["loss"]) == pytest.approx(run(None, 4)[2], rel=1e-4)
+    offload = step.report(state, x).offload
+    assert [row["slices"] for row in offload["buckets"]] == [1, 3]
+    assert offload["places"][where]["pool_bytes"] == 4 * 2 * 2**20  # of four lanes, each a third of two moments of 3 MiB
+    state.opt_state[0].mu["layers"].swap.verify()
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "num_rows", "expected"),
+    [
+        (2**23 * 3, 3, 2**23),
+        (32 * 4096 * 14336 * 4, 32, 4096 * 14336 * 4 // 28),
+        (1000 * 4096, 1000, 500 * 4096),
+        (50257 * 768 * 4, 50257, 2**23),
+        (3 * 2**21, 3, 2**21),
+        (2**26, 2**24, 2**20),
+        (0, 0, 2**23),
+        (64, 1, 2**23),
+    ],
+)
+def test_parts_follow_rows(num_bytes, num_rows, expected):
+    assert part_bytes(num_bytes, num_rows) == expected
