@@ -16,6 +16,8 @@ from jzero.models import GPT2Config
 from jzero.plan import facts, pipelines
 from jzero.plan.job import Job
 from jzero.plan.shapes import Leaf
+from pallas_kernels.attention import LARGE_BYTES
+from pallas_kernels.attention.chunked import CHUNK
 
 Moment = dict[str, int]  # part -> bytes per device
 
@@ -104,7 +106,9 @@ def saved(job: Job, size: Sizes) -> int:
 
 
 def scores(job: Job, size: Sizes) -> int:
-    """Attention's scores when most of them are alive: plain attention's backward pass, recomputed."""
+    """Attention's scores when most of them are alive: plain attention's backward pass, recomputed; or one block of them."""
+    if 4 * job.config.num_heads * job.seq**2 > LARGE_BYTES:
+        return blocked(job)
     each = job.micro_sequences * (job.config.num_heads // job.tensor) * job.seq**2
     if facts.is_tpu(job.parsed):
         return (_FLOAT32 + size.compute) * each  # its fusions write the weights and their gradient, nothing between
@@ -112,6 +116,14 @@ def scores(job: Job, size: Sizes) -> int:
         return 4 * size.compute * each
     # Grouped heads: the softmax in float32 is written too, where it is not one of the three already.
     return (3 * size.compute + (_FLOAT32 if size.compute != _FLOAT32 else 0)) * each
+
+
+def blocked(job: Job) -> int:
+    """Long sequences go block by block: three blocks of float32 scores, and the gradients of q, k and v summed in float32."""
+    config = job.config
+    heads = config.num_heads + 2 * getattr(config, "num_kv_heads", config.num_heads)
+    scores = 3 * job.micro_sequences * config.num_heads * CHUNK**2
+    return _FLOAT32 * (scores + job.micro_tokens * heads * config.head_dim) // job.tensor
 
 
 def fused(job: Job) -> int:

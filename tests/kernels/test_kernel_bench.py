@@ -29,6 +29,6 @@ def test_what_is_not_known_is_suggested(words, hint, capsys):
 
 
 def test_every_shape_has_a_case():
-    assert {op for op, _ in cases(tiny=True, dtype="float32")} == {"norm", "linear_cross_entropy_sum"}
+    assert {op for op, _ in cases(tiny=True, dtype="float32")} == {"attention", "norm", "linear_cross_entropy_sum"}
     for case in cases(tiny=False, dtype="bfloat16").values():
         assert case.num_bytes > 0
