@@ -148,7 +148,8 @@ TABLE
 README = """# Plans for Llama on pods of 64 to 4,096 devices
 
 Made by `python benchmarks/plans.py`: [8B](llama-8b.md), [70B](llama-70b.md), [405B](llama-405b.md) on v5p, v6e, H100 and
-H200. Each row is the fastest combination that fits by the closed form, for at most 64M tokens a batch.
+H200; [which axes when](axes.md), [one H100 with offload](offload.md). Each row is the fastest combination that fits by the
+closed form, for at most 64M tokens a batch.
 
 ## Beside published runs
 

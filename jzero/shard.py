@@ -204,6 +204,8 @@ def _check_placed(arrays: Any, placed: Layout, options: Options) -> None:
     """Every leaf that is committed to devices stands where the step wants it."""
     rows = []
     for (path, leaf), sharding, where in zip(named_leaves(arrays), placed.shardings, placed.places, strict=True):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            continue  # a shape alone rests nowhere: a report, or a plan
         in_files = where is not None and options.tiers[where].can_fail
         if in_files or isinstance(leaf, DiskArray):
             if not (in_files and options.tiers[where].is_here(leaf, sharding)):

@@ -65,7 +65,8 @@ class BucketProgram:
     def _run(self, members: list[Any], grads: list[Any], scales: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
         if self.slices is None:
             return _compat.evaluate(self.jaxpr, self._inputs(members, update.scaled(grads, scales), shared, early))
-        cut, is_away = self.slices, [self.plan.layout.places[index] is not None for index in self.members]
+        # Where the program sees them: for GPUs that are only described the memory kind is dropped, and all is device memory.
+        cut, is_away = self.slices, [jax.typeof(one).memory_space == jax.memory.Space.Host for one in members]
         shape = cut.shape(self.plan.layout.avals[self.members[0]].shape)
 
         def one_slice(index: jax.Array, members: list[Any]) -> list[Any]:

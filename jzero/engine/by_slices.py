@@ -104,14 +104,17 @@ class SlicedProgram(BucketProgram):
 
 
 def rows(avals: Sequence[Any], sharding: NamedSharding, wanted: int) -> Slices | None:
-    """At least `wanted` slices of as many rows each, which begin where a part of the files does; None if there are none."""
+    """At least `wanted` slices of as many rows each, which begin where a part of the files does; where rows are larger than
+    that as many as there can be, and None if the files have no such rows.
+    """
     shape = avals[0].shape
     if len(sharding.spec) and sharding.spec[0] is not None:
         return None
     sizes = [num_bytes(jax.ShapeDtypeStruct(sharding.shard_shape(aval.shape), aval.dtype)) for aval in avals]
     parts = [part_bytes(size, shape[0]) for size in sizes]
     most = min(size // part for size, part in zip(sizes, parts, strict=True))
-    for num in range(max(wanted, 2), min(most, shape[0]) + 1):
+    limit = min(most, shape[0])
+    for num in (*range(max(wanted, 2), limit + 1), *range(min(wanted - 1, limit), 1, -1)):
         if shape[0] % num == 0 and all(size // num % part == 0 for size, part in zip(sizes, parts, strict=True)):
             return Slices(0, num, shape[0] // num)
     return None

@@ -20,6 +20,7 @@ from jzero.engine.layout import Layout, Options, Trace
 from jzero.mesh import axis_size, batch_axes
 from jzero.offload.asked import HOST
 from jzero.offload.host import KIND
+from jzero.offload.states import DEVICE
 from jzero.report import Report
 from jzero.rules import batch_spec
 from jzero.step import TrainStep
@@ -92,9 +93,9 @@ def _kernels(trace: Trace) -> list[dict[str, Any]]:
 def _resting(layout: Layout, batch: Any, shardings: list[Any], options: Options) -> dict[str, dict[str, int]]:
     """By role: what the compiled program's inputs take on one device, and what the stage promises leaf by leaf."""
     table: dict[str, dict[str, int]] = {role: {"measured": 0, "formula": 0} for role in ROLES}
-    for placement, aval, sharding in zip(layout.placements, layout.avals, shardings, strict=True):
+    for placement, aval, sharding, place in zip(layout.placements, layout.avals, shardings, layout.places, strict=True):
         row = table[placement.leaf.role]
-        if sharding.memory_kind == KIND:
+        if sharding.memory_kind == KIND or (place is not None and sharding.memory_kind is None):  # None: a described GPU
             continue
         row["measured"] += audits.shard_bytes(aval, sharding)
         row["formula"] += num_bytes(aval) // num_pieces(placement.spec, options)
@@ -184,7 +185,7 @@ def leaf_rows(layout: Layout) -> list[dict[str, Any]]:
         {
             "path": placement.leaf.path, "dtype": aval.dtype.name, "shape": list(aval.shape), "role": placement.leaf.role,
             "spec": str(placement.spec), "bytes_per_device": audits.shard_bytes(aval, sharding), "why": placement.why,
-            "memory": sharding.memory_kind if place is None or place.kind == HOST else str(place),
+            "memory": (sharding.memory_kind or DEVICE) if place is None else KIND if place.kind == HOST else str(place),
         }
         for placement, aval, sharding, place in zip(
             layout.placements, layout.avals, layout.shardings, layout.places, strict=True

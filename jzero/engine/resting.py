@@ -76,5 +76,9 @@ def bucket_bytes(layout: Layout, options: Options) -> int:
         return options.offload.bucket_bytes
     rows = zip(layout.placements, layout.on_device, layout.places, strict=True)
     in_files = [bytes_on_one_device(one.leaf, sharding) for one, sharding, place in rows if place and place.kind == NVME]
-    wanted = packing.default_bytes(options.mesh)
-    return min(wanted, max(sum(in_files) // 16, LEAST_FILE_BYTES)) if in_files else wanted
+    return in_reach(packing.default_bytes(options.mesh), sum(in_files))
+
+
+def in_reach(wanted: int, bytes_in_files: int) -> int:
+    """A bucket of what rests in files: no more than a sixteenth of it, for a pool has four."""
+    return min(wanted, max(bytes_in_files // 16, LEAST_FILE_BYTES)) if bytes_in_files else wanted

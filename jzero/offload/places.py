@@ -1,7 +1,7 @@
 """Which leaves of a state rest off the device, decided from shapes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import NamedSharding
@@ -32,14 +32,20 @@ def places(offload: Offload | None, leaves: Sequence[Leaf], shardings: Sequence[
             fix = f"Leave {role}= out."
             raise ValueError(explain(WHO, f"{role}= would have no effect", found=found, fix=fix))
     sizes = [bytes_on_one_device(leaf, sharding) for leaf, sharding in zip(leaves, shardings, strict=True)]
-    going = sorted((index for index, place in enumerate(asked) if place), key=lambda index: (sizes[index], index))
-    room = (1 - offload.fraction) * sum(sizes[index] for index in going)
-    for index in going:
+    for index in staying({index: sizes[index] for index, place in enumerate(asked) if place}, offload.fraction):
+        asked[index] = None
+    return tuple(asked)
+
+
+def staying(sizes: Mapping[int, int], fraction: float) -> list[int]:
+    """Which of the leaves that could go stay after all, by their numbers and bytes on one device."""
+    room, found = (1 - fraction) * sum(sizes.values()), []
+    for index in sorted(sizes, key=lambda index: (sizes[index], index)):
         room -= sizes[index]
         if room < 0:
             break
-        asked[index] = None
-    return tuple(asked)
+        found.append(index)
+    return found
 
 
 def can_go(leaf: Leaf) -> bool:

@@ -3,15 +3,17 @@
 Temporaries are the largest of three moments of the step (`jzero.plan.moments`); `docs/plan.md` says how far they were off.
 """
 
+import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 from jzero import stages
 from jzero.audit import moved
-from jzero.models import GPT2Config, ModelConfig
-from jzero.plan import moments, pipelines
-from jzero.plan.job import Job
-from jzero.plan.shapes import Leaf, leaves
+from jzero.models import GPT2Config, MixtralConfig, ModelConfig
+from jzero.plan import exchanges, moments, offloads, pipelines
+from jzero.plan.job import BATCH_AXES, Job
+from jzero.plan.shapes import EXPERTS, Leaf, Split, leaves
 
 # Sums of activations over `tensor`, per layer and microbatch: two forward (after the second product of attention and MLP), two
 # backward (into the first ones, added up before they are sent), and where the layer is computed again attention's once more.
@@ -46,15 +48,12 @@ def memory(job: Job, *, fused_attention: bool = False) -> Memory:
 
     `fused_attention`: as on a GPU, whose cuDNN kernel writes no scores; what is compiled without a GPU writes them.
     """
-    size, found = moments.sizes(job), pipelines.held(job)
-    stage = stages.get(job.stage)
-    whole, shard = moments.elements(found, 1), moments.elements(found, job.data)
-    rest = {
-        "params": size.param * (shard if stage.shard_params else whole),
-        "opt_state": 2 * size.moment * (shard if stage.shard_opt_state else whole),
-        "batch": 4 * job.accumulate * job.micro_sequences * (job.seq + 1),
-    }
+    rest = {role: sum(sizes) for role, sizes in offloads.resting(job).items()}
+    rest["batch"] = 4 * job.accumulate * job.micro_sequences * (job.seq + 1)
     found_moments = moments.moments(job, fused_attention=fused_attention)
+    if away := offloads.away(job):
+        rest = {role: size - away.gone.get(role, 0) for role, size in rest.items()}
+        found_moments = offloads.moments(job, away, found_moments)
     name = max(found_moments, key=lambda one: sum(found_moments[one].values()))
     return Memory(rest, {part: amount for part, amount in found_moments[name].items() if amount}, name)
 
@@ -65,7 +64,10 @@ def wire(job: Job) -> dict[str, dict[str, int]]:
     if job.pipe > 1:
         table = pipelines.costs(job, moments.saved(job, size))[1]
     else:
-        table = _zero(job, size, leaves(job.config, job.tensor))
+        table = _zero(job, size, leaves(job.config, job.tensor, job.expert))
+        for axis, kinds in exchanges.wire(job, size.compute).items():
+            own = table.setdefault(axis, {})
+            own.update({kind: own.get(kind, 0) + amount for kind, amount in kinds.items()})
     if job.tensor > 1:
         # Of one device's layers; a microbatch meets both ends once, whatever the number of pipe stages.
         sums = _SUMS[job.remat] * pipelines.rows_of(job) + _SUMS_OUTSIDE
@@ -75,40 +77,59 @@ def wire(job: Job) -> dict[str, dict[str, int]]:
 
 
 def _zero(job: Job, size: moments.Sizes, found: Sequence[Leaf]) -> dict[str, dict[str, int]]:
-    """What ZeRO moves of one device's pieces."""
+    """What ZeRO moves of one device's pieces: the formula of `jzero.traffic`, leaf by leaf."""
     stage, k = stages.get(job.stage), job.accumulate
     table: dict[str, dict[str, int]] = {}
 
-    def add(axis: str, kind: str, amount: int, members: int) -> None:
+    def add(names: Sequence[str], kind: str, amount: int) -> None:
+        present = [axis for axis in job.mesh if axis in names and job.mesh[axis] > 1]
+        members = math.prod(job.mesh[axis] for axis in present)
         if members > 1 and amount:
-            kinds = table.setdefault(axis, {})
+            kinds = table.setdefault("+".join(present), {})
             kinds[kind] = kinds.get(kind, 0) + moved(kind, amount, members)
 
-    both = "+".join(axis for axis in job.mesh if axis in ("replica", "data"))
+    once = stage.reduce == "step"
     for leaf in found:
+        split = leaf.split(job.zero) if stage.gather != "never" else Split()
         total = leaf.size * leaf.repeats
-        if stage.gather == "never" or not leaf.is_split(job.data):
-            add(both, "all-reduce", size.reduce_once * total, job.num_shards)
-            continue
-        uses = k * (2 if leaf.is_layer else 1) if stage.gather == "use" else 1
-        add("data", "all-gather", size.compute * total * uses, job.data)
-        once = stage.reduce == "step"
-        add("data", "reduce-scatter", (size.reduce_once if once else size.reduce * k) * total, job.data)
-        add("replica", "all-reduce", size.reduce_once * total // job.data, job.replica)
+        piece = total // split.over_sequence  # what `data` gathers and reduces
+        gathered = piece * (k * (2 if leaf.is_layer else 1) if stage.gather == "use" else 1 if stage.gather == "step" else 0)
+        reduced = piece * (1 if once else k)
+        if split.over_sequence > 1:  # gathered behind `data`; added up in every microbatch
+            whole, is_table = size.compute * split.over_sequence, leaf.name == "wte"
+            is_tied = is_table and not _lookups(job.config)
+            # A table that is a head too is gathered for each use, and its gradients meet whole. Of one that is only looked up
+            # the gradient's rows travel (`exchanges`), and each device makes its own part of it.
+            add(["sequence"], "all-gather", whole * gathered * (2 if is_tied else 1))
+            kind = "all-reduce" if is_tied else "reduce-scatter"
+            add(["sequence"], kind, 0 if is_table and not is_tied else whole * reduced * (k if once else 1))
+        else:
+            add(["sequence"], "all-reduce", size.compute * piece * k)
+        add(split.axes, "all-gather", size.compute * gathered)
+        add(split.axes, "reduce-scatter", (size.reduce_once if once else size.reduce) * reduced)
+        rest = [axis for axis in BATCH_AXES if axis not in split.axes and not (axis == "expert" and leaf.is_experts)]
+        add(rest, "all-reduce", size.reduce_once * piece // split.num)
     return table
 
 
+@cache
 def flops_per_token(config: ModelConfig, seq: int) -> float:
     """6 N + 12 L d T, as the models and every published MFU count: `jzero.models.FLOPS_FORMULA`."""
     padding = (getattr(config, "padded_vocab_size", None) or config.vocab_size) - config.vocab_size
-    count = sum(leaf.size * leaf.repeats for leaf in leaves(config) if leaf.name not in ("wpe", *_lookups(config)))
+    count = sum(_used(leaf, config) * leaf.repeats for leaf in leaves(config) if leaf.name not in ("wpe", *_lookups(config)))
     attention = 12 * config.num_layers * config.num_heads * config.head_dim
     return 6.0 * (count - padding * config.dim) + attention * seq
 
 
+def _used(leaf: Leaf, config: ModelConfig) -> int:
+    """Elements that one token meets."""
+    is_some = isinstance(config, MixtralConfig) and leaf.name.startswith(EXPERTS)
+    return leaf.size * config.top_k // config.num_experts if is_some else leaf.size
+
+
 def num_params(config: ModelConfig) -> int:
     """With the padding of the vocabulary."""
-    return moments.elements(leaves(config), 1)
+    return moments.elements(leaves(config))
 
 
 def _lookups(config: ModelConfig) -> tuple[str, ...]:

@@ -23,10 +23,11 @@ def compile_job(job: Job, *, use_cache: bool = True) -> dict[str, Any]:
       CannotCompile: no compiler for the target (the message names the extra to install), or one that failed.
     """
     what = f"{job.model} at stage {job.stage} for {job.target}"
-    found = cache.load(job.to_dict()) if use_cache else None
+    program = job.program()
+    found = cache.load(program) if use_cache else None
     if found is None:
-        found = ask("jzero.plan.worker", job.to_dict(), what=what)
-        cache.store(job.to_dict(), found)
+        found = ask("jzero.plan.worker", program, what=what)
+        cache.store(program, found)
     return found
 
 

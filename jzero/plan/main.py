@@ -13,9 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from jzero.plan.compiled import CannotCompile, plan_file
 from jzero.plan.job import Job, make
 from jzero.plan.options import Options, parse, split_step
+from jzero.plan.pasted import python_of
 from jzero.plan.planned import plan_job
 from jzero.plan.result import Plan, rendered
-from jzero.plan.search import dollars_per_1e9_tokens, python_of, search
+from jzero.plan.search import dollars_per_1e9_tokens, search
 from jzero.report import human
 from jzero.topology import parse as parse_target
 
@@ -62,7 +63,8 @@ def job_of(options: Options) -> Job:
     return make(
         options.model or "", options.target, stage=3 if options.stage is None else options.stage, mesh=options.mesh,
         seq=options.seq, batch=options.batch, tokens_per_batch=options.tokens_per_batch, precision=options.precision,
-        accumulate=options.accumulate, remat=options.remat, schedule=options.schedule, any_split=options.search,
+        accumulate=options.accumulate, remat=options.remat, schedule=options.schedule, offload=options.offload,
+        host_memory=options.host_memory, disk=options.disk, disk_bandwidth=options.disk_bandwidth, any_split=options.search,
     )  # fmt: skip
 
 
@@ -75,7 +77,7 @@ def _searched(job: Job, options: Options, tick: Any) -> Plan:
         tick=tick,
     )
     winner = found["winner"]
-    best = Job(**winner["job"]) if winner else job
+    best = Job.of(winner["job"]) if winner else job
     plan = plan_job(best, compile_too=bool(winner and winner["compiled_peak_bytes"]))  # from the cache, then
     if options.price is not None:
         for row in found["rows"]:
@@ -99,22 +101,28 @@ def search_table(found: dict[str, Any] | Any) -> str:
             for row in found["rows"]
         ]
         return "\n" + rendered(("stage", "peak", "wire per step", "fits"), rows)
-    rows = [_cells(row) for row in found["rows"]]
-    head = (
-        f"\n{found['num_candidates']} candidates, {found['num_fitting']} fit by the closed form. The fastest, and smaller ones:"
-    )
+    shows_offload = any("offload" in row["job"] for row in found["rows"])
+    rows = [_cells(row, shows_offload) for row in found["rows"]]
+    tried = f"{found['num_candidates']} candidates, {found['num_fitting']} fit by the closed form."
+    head = f"\n{tried} The fastest, and smaller ones:"
+    away = ("offload",) if shows_offload else ()
     priced = ("$/1e9 tokens",) if found["rows"] and "dollars_per_1e9_tokens" in found["rows"][0] else ()
-    names = ("stage", "mesh", "sequences", "k", "remat", "step", "tokens/s", "MFU", *priced, "peak, closed", "compiled")
+    settings = ("stage", "mesh", "sequences", "k", "remat", *away)
+    names = (*settings, "step", "tokens/s", "MFU", *priced, "peak, closed", "compiled")
     return "\n".join([head, rendered(names, rows), found.get("python", "Nothing fits.")])
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def _cells(row: dict[str, Any], shows_offload: bool) -> tuple[str, ...]:
     job = row["job"]
     mesh = " ".join(f"{axis}={size}" for axis, size in job["mesh"].items())
     rates = [f"{row['step_s']:.3g} s", f"{row['tokens_per_s_per_device']:,.0f}", f"{row['mfu']:.1%}"]
     rates += [f"{row['dollars_per_1e9_tokens']:,.0f}"] if "dollars_per_1e9_tokens" in row else []
     peaks = (human(row["peak_bytes"]), human(row["compiled_peak_bytes"]))
-    return (str(job["stage"]), mesh, str(Job(**job).micro_sequences), str(job["accumulate"]), job["remat"], *rates, *peaks)
+    one = Job.of(job)
+    short = {"opt_state": "opt", "params": "params", "activations": "acts"}
+    roles = [word for name, word in short.items() if one.offload and getattr(one.offload, name)]
+    away = ["+".join(roles) or "-"] if shows_offload else []
+    return (str(one.stage), mesh, str(one.micro_sequences), str(one.accumulate), one.remat, *away, *rates, *peaks)
 
 
 def _progress() -> Progress:

@@ -11,13 +11,15 @@ import numpy as np
 from jzero import audit
 from jzero._errors import explain
 from jzero.mesh import axis_size, describe, make_mesh
+from jzero.offload.asked import NVME
+from jzero.offload.host import KIND
 from jzero.pipeline import schedules
-from jzero.plan import refused
+from jzero.plan import hosts, refused
 from jzero.plan.result import Plan
-from jzero.plan.room import usable_bytes
+from jzero.plan.room import Need, usable_bytes
 from jzero.report import Report, human
 from jzero.shard import ShardedStep, shard
-from jzero.topology import memory_bytes, topology
+from jzero.topology import memory_bytes, parse, topology
 
 WHO = "jzero.plan"
 _LIBRARIES = (str(Path(jax.__file__).parent), str(Path(__file__).resolve().parent.parent))  # jax and jzero
@@ -112,8 +114,17 @@ def _plan_one(step: ShardedStep, state: Any, batch: tuple[Any, ...], target: str
         target=target,
         device_bytes=memory_bytes(target),
         usable_bytes=usable_bytes(target),
+        budgets=_budgets(found, target, step.mesh.size),
         compiled=found,
     )
+
+
+def _budgets(found: dict[str, Any], target: str, num_devices: int) -> dict[str, Any]:
+    """What rests off the device, beside the device's share of its host."""
+    at_rest, room = found.get("offload", {}).get("at_rest", {}), hosts.room_on(parse(target), num_devices)
+    on_disk = sum(size for place, size in at_rest.items() if place.startswith(NVME))
+    needs = {"host": Need(at_rest.get(KIND, 0), room.host_bytes), "disk": Need(2 * on_disk, room.disk_bytes)}
+    return {name: one.to_dict() for name, one in needs.items() if one.need}
 
 
 def figures_of(step: ShardedStep, state: Any, batch: tuple[Any, ...]) -> dict[str, Any]:

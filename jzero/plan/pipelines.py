@@ -11,7 +11,7 @@ from jzero import precision as precisions
 from jzero import stages
 from jzero.engine import pipeline_costs
 from jzero.engine.stage_layers import StageLayers
-from jzero.models import GPT2Config
+from jzero.models import GPT2Config, ModelConfig
 from jzero.pipeline import partition, schedules, slots
 from jzero.pipeline.schedule import Schedule
 from jzero.plan.job import SCHEDULE, Job
@@ -32,10 +32,14 @@ def rows_of(job: Job) -> int:
     return math.ceil(job.config.num_layers / schedule_of(job).num_virtual_stages)
 
 
-def held(job: Job) -> list[Leaf]:
-    """One device's parameters, ZeRO's split apart: its pieces over `tensor`, its layers of a pipeline (padding included)."""
-    count = rows_of(job) * (schedule_of(job).num_chunks if job.pipe > 1 else 1)
-    return [leaf._replace(repeats=count) if leaf.is_layer else leaf for leaf in leaves(job.config, job.tensor)]
+def held(job: Job) -> tuple[Leaf, ...]:
+    """One device's parameters, ZeRO's split apart: its pieces over other axes, its layers of a pipeline (padding included)."""
+    return _held(job.config, job.tensor, job.expert, rows_of(job) * (schedule_of(job).num_chunks if job.pipe > 1 else 1))
+
+
+@cache
+def _held(config: ModelConfig, tensor: int, expert: int, count: int) -> tuple[Leaf, ...]:
+    return tuple(leaf._replace(repeats=count) if leaf.is_layer else leaf for leaf in leaves(config, tensor, expert))
 
 
 def num_live(job: Job) -> int:

@@ -2,11 +2,14 @@
 
 from typing import Any
 
-from jzero.models import GPT2Config
-from jzero.plan import closed, compiled, facts, fit, pipelines
+from jzero.models import GPT2Config, MixtralConfig
+from jzero.offload.asked import NVME
+from jzero.offload.host import PINNED_LIMIT
+from jzero.plan import closed, compiled, exchanges, facts, fit, hosts, offloads, pipelines
 from jzero.plan.job import Job
 from jzero.plan.result import Plan
-from jzero.plan.room import usable_bytes
+from jzero.plan.room import needs, usable_bytes
+from jzero.plan.shapes import Zero
 from jzero.plan.times import times
 from jzero.report import human
 from jzero.topology import memory_bytes
@@ -15,6 +18,8 @@ _GPU_ATTENTION = (
     "Compiled without a GPU, attention is XLA's own, which writes its scores; on the device cuDNN's is used for 16-bit "
     "dtypes and writes none: the closed form's peak is {peak} then."
 )
+_BLIND = "Not compiled: the GPU compiler without a device counts activations that are saved in host memory as device memory."
+_ATTENTION = {"ulysses": "an exchange of heads", "ring": "a ring"}
 
 
 def plan_job(job: Job, *, compile_too: bool = True) -> Plan:
@@ -23,38 +28,52 @@ def plan_job(job: Job, *, compile_too: bool = True) -> Plan:
     Raises:
       CannotCompile: `compile_too`, and the target's compiler is missing or fails.
     """
-    need = closed.memory(job)
-    measured = compiled.compile_job(job) if compile_too else None
+    need, away = closed.memory(job), offloads.away(job)
+    is_blind = away is not None and away.activations > 0 and not facts.is_tpu(job.parsed)
+    measured = compiled.compile_job(job) if compile_too and not is_blind else None
     figures: dict[str, Any] = {
         "at_rest": need.at_rest, "wire": closed.wire(job), "temp_bytes": need.temp_bytes, "peak_bytes": need.peak_bytes,
         "moment": need.moment, "parts": need.parts,
     }  # fmt: skip
-    room = usable_bytes(job.target)
-    fits = (measured or figures)["peak_bytes"] <= room
+    if away is not None:
+        figures["offload"] = _off_the_device(away)
+    limit, budgets = usable_bytes(job.target), needs(job)
+    fits = (measured or figures)["peak_bytes"] <= limit and all(one.fits for one in budgets.values())
     # Where the compiled program is larger than the closed form said, a change must win that much more.
-    allowed = room - max(0, measured["peak_bytes"] - need.peak_bytes) if measured else room
-    ways = [] if fits else fit.changes(job, room=allowed)
+    allowed = limit - max(0, measured["peak_bytes"] - need.peak_bytes) if measured else limit
+    ways = [] if fits else fit.changes(job, limit=allowed)
     if measured:
-        ways = fit.compiled_changes(ways, room=room)
+        ways = fit.compiled_changes(ways, limit=limit)
     return Plan(
         job=job.to_dict(),
         target=job.target,
         device_bytes=memory_bytes(job.target),
-        usable_bytes=room,
+        usable_bytes=limit,
+        budgets={name: one.to_dict() for name, one in budgets.items()},
         closed=figures,
         compiled=measured,
-        time=times(job)._asdict(),
+        time=times(job).to_dict(),
         changes=[one.to_dict() for one in ways],
-        notes=_notes(job),
+        notes=[*_notes(job), *([_BLIND] if is_blind and compile_too else [])],
     )
+
+
+def _off_the_device(away: offloads.Away) -> dict[str, int]:
+    """As the report of a step has it, and what the host needs beside what rests there."""
+    return {
+        "host_moved_bytes": away.host_moved, "disk_moved_bytes": away.disk_moved, "fetched_bytes": away.fetched,
+        "activation_bytes": away.activations, "pool_bytes": away.pool, "staged_bytes": away.staged, "grad_bytes": away.grads,
+        "host_bytes": away.host_bytes, "disk_bytes": away.disk_bytes, "num_buckets": len(away.trips),
+    }  # fmt: skip
 
 
 def _notes(job: Job) -> list[str]:
     fused = human(closed.memory(job, fused_attention=True).peak_bytes)
     notes = [] if facts.is_tpu(job.parsed) or job.precision == "fp32" else [_GPU_ATTENTION.format(peak=fused)]
-    whole = [leaf.name for leaf in closed.leaves(job.config, job.tensor) if not leaf.is_split(job.data)]
-    if whole and job.stage and job.data > 1:
-        notes.append(f"data={job.data} divides no dim of {', '.join(whole)}: they stay whole on every device.")
+    whole = [leaf.name for leaf in closed.leaves(job.config, job.tensor, job.expert) if leaf.split(job.zero).pieces == 1]
+    if whole and job.stage and job.zero != Zero():
+        over = ", ".join(f"{axis}={job.mesh[axis]}" for axis in ("data", "expert", "sequence") if axis in job.mesh)
+        notes.append(f"{over} divides no dim of {', '.join(whole)}: they stay whole on every device.")
     if job.pipe > 1:
         schedule, facts_of = pipelines.schedule_of(job), pipelines.costs(job, 0)[0]
         notes.append(
@@ -66,6 +85,40 @@ def _notes(job: Job) -> list[str]:
             for what, share in facts_of["ticks_beyond_need"].items()
             if share > 0
         ]
+    if job.sequence > 1:
+        notes.append(f"attention over `sequence` by {_ATTENTION[job.attention_kind]} (attention_kind={job.attention_kind!r}).")
+    if isinstance(job.config, MixtralConfig):
+        notes += _of_experts(job)
+    notes += _of_hosts(job)
     if job.tensor > 1 and isinstance(job.config, GPT2Config):
         notes.append("GPT-2's fused q, k and v are split across heads: all-to-alls over `tensor`, which are not counted here.")
+    return notes
+
+
+def _of_experts(job: Job) -> list[str]:
+    """How full blocks are, and what a GPU makes of a ragged product."""
+    config, notes = job.config, []
+    assert isinstance(config, MixtralConfig)
+    share = exchanges.num_rows(job) / (config.top_k * job.micro_tokens)
+    if share > 1:
+        notes.append(f"experts' blocks have room for {share:.3g} times the rows that are there (jzero.moe).")
+    if config.capacity_factor is None and not facts.is_tpu(job.parsed) and config.num_experts > job.expert:
+        each = config.num_experts // job.expert
+        notes.append(f"XLA computes a ragged product on GPUs as {each} dense ones, masked; its time here is that of all.")
+    return notes
+
+
+def _of_hosts(job: Job) -> list[str]:
+    """Where a host's figures are from, and what it may pin."""
+    found = offloads.away(job)
+    if found is None:
+        return []
+    room, source = hosts.room_of(job), hosts.HOSTS[job.parsed.model].source
+    pinned = (found.host_bytes - found.pool) * room.devices
+    fields = {"memory": job.host_memory, "link": None}
+    fields |= {"disk": job.disk, "disk_bandwidth": job.disk_bandwidth} if NVME in offloads.places_of(job) else {}
+    notes = [f"host's {name}: {source[name]}" for name, given in fields.items() if given is None]
+    if not facts.is_tpu(job.parsed) and pinned > hosts.PINNED_LIMIT_BYTES:
+        setting = f"{PINNED_LIMIT}={pinned // 2**30 + 8}"
+        notes.append(f"A process that drives the {room.devices} devices of a host pins {human(pinned)}: set {setting}.")
     return notes

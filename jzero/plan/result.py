@@ -21,6 +21,9 @@ class Plan:
     usable_bytes: int  # what a program can have of it
     closed: Mapping[str, Any] | None = None  # at_rest, wire, temp_bytes, peak_bytes, parts, moment; None for a user's own step
     compiled: Mapping[str, Any] | None = None  # the same from the compiled program, with findings; None when not asked for
+    budgets: Mapping[str, Mapping[str, int]] = field(
+        default_factory=dict
+    )  # "host", "disk": need, have, missing; a device's share
     time: Mapping[str, Any] | None = None  # compute_s, wire_s, update_s, step_s, tokens_per_s_per_device, mfu, bound
     changes: Sequence[Mapping[str, Any]] = ()  # what would make it fit: flags, peak_bytes, step_s
     notes: Sequence[str] = ()
@@ -33,21 +36,37 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak_bytes <= self.usable_bytes
+        return not self.short
+
+    @property
+    def short(self) -> dict[str, int]:
+        """Which budgets are short, and by how many bytes: `"device"`, `"host"`, `"disk"`."""
+        every = {"device": self.missing_bytes, **{name: one["missing"] for name, one in self.budgets.items()}}
+        return {name: missing for name, missing in every.items() if missing}
 
     @property
     def missing_bytes(self) -> int:
-        """What a device lacks; 0 when the step fits."""
+        """What a device's memory lacks; 0 when the step fits there."""
         return max(0, self.peak_bytes - self.usable_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that `json.dumps` takes."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return fields | {"fits": self.fits, "missing_bytes": self.missing_bytes, "peak_bytes": self.peak_bytes}
+        verdict = {"fits": self.fits, "short": self.short, "missing_bytes": self.missing_bytes, "peak_bytes": self.peak_bytes}
+        return fields | verdict
 
     def __str__(self) -> str:
         return "\n".join(
-            [self._title(), "", *self._memory(), *self._traffic(), *self._speed(), *self._verdict(), *self._lines()]
+            [
+                self._title(),
+                "",
+                *self._memory(),
+                *self._elsewhere(),
+                *self._traffic(),
+                *self._speed(),
+                *self._verdict(),
+                *self._lines(),
+            ]
         )
 
     def _title(self) -> str:
@@ -64,6 +83,22 @@ class Plan:
         rows += [(name, closed.get(f"{key}_bytes"), compiled.get(f"{key}_bytes")) for name, key in _TOTALS]
         return ["Memory", render(_table("", rows))]
 
+    def _elsewhere(self) -> list[str]:
+        closed, compiled = (self.closed or {}).get("offload"), (self.compiled or {}).get("offload") or {}
+        if not closed:
+            return []
+        moved = closed["host_moved_bytes"] + closed["disk_moved_bytes"]
+        rows = [
+            ("rests in host memory", closed["host_moved_bytes"], compiled.get("at_rest", {}).get("pinned_host")),
+            ("rests on disk, two slots", closed["disk_bytes"], None),
+            ("the pool of the disk", closed["pool_bytes"], None),
+            ("saved activations", closed["activation_bytes"], None),
+            ("leaves on their way", closed["staged_bytes"], None),
+            ("moved each way in a step", moved, compiled.get("moved_bytes")),
+            ("parameters fetched for it", closed["fetched_bytes"], None),
+        ]
+        return ["Off the device", render(_table("", [row for row in rows if row[1]]))]
+
     def _traffic(self) -> list[str]:
         closed, compiled = _flat(self.closed), _flat(self.compiled)
         rows = [(name, closed.get(name), compiled.get(name)) for name in _keys(closed, compiled)]
@@ -77,13 +112,16 @@ class Plan:
         parts = f"compute {_seconds(time['compute_s'])}{wires}, update {_seconds(time['update_s'])}"
         rate = f"{time['tokens_per_s_per_device']:,.0f} tokens/s, MFU {time['mfu']:.1%}, bound by {time['bound']}"
         price = [f"  ${time['dollars_per_1e9_tokens']:,.0f} per 1e9 tokens"] if "dollars_per_1e9_tokens" in time else []
-        return [f"Time (closed form, a good run): {_seconds(time['step_s'])} a step; {rate}", f"  {parts}", *price, ""]
+        head = f"Time (closed form, a good run): {_seconds(time['step_s'])} a step; {rate}"
+        return [head, f"  {parts}", *_transfers(time.get("transfer")), *price, ""]
 
     def _verdict(self) -> list[str]:
         room = f"{human(self.peak_bytes)} of {human(self.usable_bytes)} that a program can have of {human(self.device_bytes)}"
+        others = [f"{name}: {human(one['need'])} of {human(one['have'])}" for name, one in self.budgets.items()]
         if self.fits:
-            return [f"Fits: {room}."]
-        lines = [f"Does not fit: {human(self.missing_bytes)} missing ({room})."]
+            return [f"Fits: {'; '.join([room, *others])}."]
+        missing = " and ".join(f"{human(size)} of {_PLACES[name]}" for name, size in self.short.items())
+        lines = [f"Does not fit: {missing} missing ({'; '.join([room, *others])})."]
         parts = (self.closed or {}).get("parts", {})
         if parts:
             largest = [f"  {name}: {human(size)}" for name, size in list(parts.items())[:5]]
@@ -92,7 +130,8 @@ class Plan:
 
     def _ways_out(self) -> list[str]:
         if not self.changes:
-            return ["No single or double change of stage, mesh, remat or accumulate makes it fit: use more or larger devices."]
+            what = "stage, mesh, remat, accumulate or offload"
+            return [f"No single or double change of {what} makes it fit: use more or larger devices."]
         return ["Would fit:", *(f"  {_change(one)}" for one in self.changes[:4])]
 
     def _lines(self) -> list[str]:
@@ -107,6 +146,17 @@ def _change(one: Mapping[str, Any]) -> str:
     return f"{one['flags']}: {peak}, {_seconds(one['step_s'])} a step"
 
 
+def _transfers(found: Mapping[str, Any] | None) -> list[str]:
+    """What comes and goes, and how much of it nobody waits for."""
+    if not found:
+        return []
+    names = {"fetch_s": "parameters", "activations_s": "activations", "link_s": "update over the host link", "disk_s": "disk"}
+    parts = ", ".join(f"{name} {_seconds(found[key])}" for key, name in names.items() if found[key])
+    waited = f"{found['hidden']:.0%} of the transfers' time is hidden, {_seconds(found['waited_s'])} is not"
+    return [f"  off the device: {parts}; {waited}"]
+
+
+_PLACES = {"device": "device memory", "host": "host memory", "disk": "disk"}
 _TOTALS = (("temporaries", "temp"), ("peak", "peak"))
 
 

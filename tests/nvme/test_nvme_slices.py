@@ -8,7 +8,9 @@ import pytest
 from swapped import numbers
 
 import jzero
+from jzero.engine import by_slices
 from jzero.offload.nvme.shard_file import part_bytes
+from jzero.offload.slices import Slices
 
 
 def test_a_leaf_larger_than_a_bucket_goes_by_rows(tmp_path):
@@ -43,6 +45,14 @@ def test_a_leaf_larger_than_a_bucket_goes_by_rows(tmp_path):
     assert [row["slices"] for row in offload["buckets"]] == [1, 3]
     assert offload["places"][where]["pool_bytes"] == 4 * 2 * 2**20  # of four lanes, each a third of two moments of 3 MiB
     state.opt_state[0].mu["layers"].swap.verify()
+
+
+@pytest.mark.parametrize(("wanted", "num"), [(1, 2), (3, 4), (4, 4), (100, 4)])
+def test_rows_larger_than_a_bucket_go_one_by_one(wanted, num):
+    """Four rows of 16 MiB cannot make a hundred slices: the finest cut is better than none."""
+    sharding = jax.NamedSharding(jzero.make_mesh(devices=jax.devices()[:1]), jax.P())
+    moments = [jax.ShapeDtypeStruct((4, 2048, 2048), jnp.float32)] * 2
+    assert by_slices.rows(moments, sharding, wanted) == Slices(0, num, 4 // num)
 
 
 @pytest.mark.parametrize(

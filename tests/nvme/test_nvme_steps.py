@@ -126,6 +126,8 @@ def test_the_report_says_where_and_how_much(step):
     assert next(size for name, size in report["offload"]["at_rest"].items() if name.startswith("nvme:")) == num_bytes
     assert report["num_compiled"] == 1 + len(report["offload"]["buckets"])
     assert "updated in 4 buckets" in str(step.report(state, batch()))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+    assert step.report(shapes, batch()).offload["buckets"] == report["offload"]["buckets"]  # a plan has no files
 
 
 @pytest.mark.slow

@@ -1,0 +1,240 @@
+"""What rests off the device, how it comes and goes, and what of it is on the device meanwhile: the engine's rules, from shapes.
+
+The gradient program gives out gradients in the accumulation dtype, so they are whole beside its temporaries. Then buckets of
+parameters and moments are updated one after the other, two on the device at a time (`jzero/offload/stream.py`); a leaf larger
+than a bucket goes by slices, if the engine can slice it there (`jzero/offload/slices.py`, `jzero/engine/by_slices.py`).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jzero import stages
+from jzero.engine import by_slices
+from jzero.engine import resting as engine_resting
+from jzero.offload import buckets as packing
+from jzero.offload import slices
+from jzero.offload.asked import HOST, NVME
+from jzero.offload.buckets import Bucket
+from jzero.offload.nvme.tier import NUM_LANES
+from jzero.offload.places import staying
+from jzero.plan import moments as moment
+from jzero.plan import pipelines
+from jzero.plan.job import Job
+from jzero.plan.moments import Moment
+from jzero.plan.shapes import Leaf, Split
+
+_ROLES = ("params", "opt_state", "opt_state")  # a parameter and Adam's two moments
+
+
+class Trip(NamedTuple):
+    """One bucket's way: bytes per device and direction, by place, and in how many pieces it goes."""
+
+    host: int
+    disk: int
+    num: int = 1
+    in_program: bool = False  # slices of host memory fetched by the update's own program, in turns with their way back
+
+    @property
+    def held(self) -> int:
+        """What of it is on the device when it has arrived."""
+        return 0 if self.in_program else (self.host + self.disk) // self.num
+
+    @property
+    def worked(self) -> int:
+        """What the update's program has of it beyond that: a slice that arrives while another leaves."""
+        return 2 * self.host // self.num if self.in_program else 0
+
+
+class Away(NamedTuple):
+    """Everything of a job that rests off the device. Bytes per device."""
+
+    gone: dict[str, int]  # role -> bytes that the device does not have
+    trips: list[Trip]  # bucket by bucket
+    fetched: int  # parameters that the gradient program brings in when a step begins
+    largest_param: int  # of those, one leaf
+    grads: int  # handed from program to program
+    activations: int  # of a microbatch, in host memory
+    kept_activations: int  # of them on the device: two layers', one on its way and one in use
+
+    @property
+    def host_moved(self) -> int:
+        """Each way and step, between two steps: what buckets of host memory move."""
+        return sum(trip.host for trip in self.trips)
+
+    @property
+    def disk_moved(self) -> int:
+        return sum(trip.disk for trip in self.trips)
+
+    @property
+    def pool(self) -> int:
+        """Of the NVMe tier: lanes as large as the largest piece."""
+        pieces = [trip.disk // trip.num for trip in self.trips if trip.disk]
+        rounds = sum(trip.num for trip in self.trips if trip.disk)
+        return min(NUM_LANES, rounds) * max(pieces, default=0)
+
+    @property
+    def staged(self) -> int:
+        """New leaves in host memory while the old ones of their bucket are still there."""
+        return max((trip.host for trip in self.trips if not trip.in_program), default=0)
+
+    @property
+    def host_bytes(self) -> int:
+        return self.host_moved + self.staged + self.pool + self.activations
+
+    @property
+    def disk_bytes(self) -> int:
+        """Two generations."""
+        return 2 * self.disk_moved
+
+    @property
+    def pair(self) -> int:
+        """Two buckets that are on the device together, the largest such."""
+        held = [trip.held for trip in self.trips]
+        return max((sum(held[at : at + 2]) for at in range(len(held))), default=0)
+
+    @property
+    def first_pair(self) -> int:
+        """The two that arrive beside the gradient."""
+        return sum(trip.held for trip in self.trips[:2])
+
+
+def resting(job: Job) -> dict[str, list[int]]:
+    """Role -> bytes per device of every array, leaf by leaf, wherever it rests."""
+    size, stage, found = moment.sizes(job), stages.get(job.stage), pipelines.held(job)
+    params = [size.param * count for count in moment.counted(found, job.zero if stage.shard_params else None)]
+    moments_of = [size.moment * count for count in moment.counted(found, job.zero if stage.shard_opt_state else None)]
+    return {"params": params, "opt_state": [*moments_of, *moments_of]}
+
+
+def away(job: Job) -> Away | None:
+    """What of a job is off the device; None if nothing is."""
+    if job.offload is None:
+        return None
+    size, stage, found = moment.sizes(job), stages.get(job.stage), pipelines.held(job)
+    every = resting(job)
+    table = [every["params"], every["opt_state"][: len(found)], every["opt_state"][len(found) :]]
+    going = {
+        row * len(found) + index: table[row][index]
+        for row, role in enumerate(_ROLES)
+        for index in range(len(found))
+        if job.offload.place_of(role)
+    }
+    for number in staying(going, job.offload.fraction):
+        del going[number]
+    gone = {"params": 0, "opt_state": 0}
+    for number, amount in going.items():
+        gone[_ROLES[number // len(found)]] += amount
+    fetched = [amount for number, amount in going.items() if number < len(found)]
+    grads = size.accumulate * moment.elements(found, job.zero if stage.shard_params else None)
+    saved, kept = _activations(job, size)
+    return Away(gone, _trips(job, found, going) if going else [], sum(fetched), max(fetched, default=0),
+                grads if going else 0, saved, kept)  # fmt: skip
+
+
+def _activations(job: Job, size: moment.Sizes) -> tuple[int, int]:
+    """What "dots" saves beyond each layer's input, in host memory; and two layers' of it on the device."""
+    if job.offload is None or job.offload.activations is None:
+        return 0, 0
+    each = job.micro_tokens * (moment.saved(job, size) - moment.saved(job._replace(remat="full"), size))
+    return each * job.config.num_layers, 2 * each
+
+
+def _trips(job: Job, found: tuple[Leaf, ...], going: dict[int, int]) -> list[Trip]:
+    """The engine's buckets, in its order."""
+    assert job.offload is not None
+    order = sorted(range(len(found)), key=lambda index: (not found[index].is_layer, found[index].name))
+    place = job.offload.place_of("opt_state")
+    on_disk = place is not None and place.kind == NVME
+    parts = {index: [going.get(row * len(found) + index, 0) for row in range(3)] for index in order}
+    in_files = sum(sum(amounts[1:]) for amounts in parts.values()) if on_disk else 0
+    wanted = job.offload.bucket_bytes or engine_resting.in_reach(packing.DEFAULT_BYTES, in_files)
+    groups = [Bucket((index,), (index,), sum(parts[index])) for index in order]
+    trips = []
+    for bucket in packing.pack(groups, wanted):
+        of_disk = sum(sum(parts[index][1:]) for index in bucket.params) if on_disk else 0
+        num, in_program = 1, False
+        if bucket.moved_bytes > wanted:
+            num, in_program = _pieces(
+                job, found[bucket.params[0]], parts[bucket.params[0]], bucket.moved_bytes, wanted, on_disk
+            )
+        trips.append(Trip(bucket.moved_bytes - of_disk, of_disk, num, in_program))
+    return trips
+
+
+class _Placed(NamedTuple):
+    """What slicing reads of a sharding."""
+
+    spec: tuple[str | None, ...]
+    split: Split
+
+    def shard_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        found = list(shape)
+        for dim, num in ((self.split.dim, self.split.num), (self.split.sequence_dim, self.split.over_sequence)):
+            if dim is not None:
+                found[dim] //= num
+        return tuple(found)
+
+
+def _pieces(job: Job, leaf: Leaf, parts: list[int], moved: int, wanted: int, on_disk: bool) -> tuple[int, bool]:
+    """In how many pieces a leaf larger than a bucket goes, and whether inside its program."""
+    split = leaf.split(job.zero)
+    taken = {dim for dim in (split.dim, split.sequence_dim) if dim is not None}
+    taken |= {leaf.tensor_dim} if leaf.num_pieces > 1 else set()
+    taken |= {leaf.expert_dim} if leaf.num_groups > 1 else set()
+    spec = tuple("data" if dim in taken else None for dim in range(len(leaf.shape)))
+    shape = leaf.shape
+    if leaf.is_layer:
+        shape, spec = (leaf.repeats, *shape), ("pipe" if job.pipe > 1 else None, *spec)
+        split = split._replace(dim=_behind(split.dim), sequence_dim=_behind(split.sequence_dim))
+    placed: Any = _Placed(spec, split)
+    size = moment.sizes(job)
+    if not on_disk:
+        cut = slices.cut(shape, placed, moved, wanted)
+        return (cut.num, True) if cut else (1, False)
+    alike = size.param == size.accumulate
+    if parts[0] or not alike or not all(parts[1:]):  # parameters that travel too, or are not what gradients are: whole
+        return 1, False
+    moments_of = [jax.ShapeDtypeStruct(shape, jnp.dtype(f"uint{8 * size.moment}"))] * 2
+    cut = by_slices.rows(moments_of, placed, -(-moved // wanted))
+    return (cut.num, False) if cut else (1, False)
+
+
+def _behind(dim: int | None) -> int | None:
+    return None if dim is None else dim + 1
+
+
+def moments(job: Job, away: Away, found: dict[str, Moment]) -> dict[str, Moment]:
+    """The moments of a step with offload, from those without: sums leave the gradient program as gradients, two buckets are
+    there beside it, and the update has them and no more.
+    """
+    during = {name: {**one} for name, one in found.items() if name != "update"}
+    for one in during.values():
+        if away.activations:
+            one["saved activations"] -= away.activations - away.kept_activations
+    if not away.trips:
+        return {**found, **during}
+    size, handed = moment.sizes(job), {"gradients handed over": away.grads, "buckets": away.first_pair}
+    for name, one in during.items():
+        if job.accumulate == 1 and job.pipe == 1 and name != "head":  # what leaves the program is empty before it ends, and
+            room = away.grads  # temporaries lie there
+            for part in ("gradients", "attention scores"):
+                one[part], room = max(0, one[part] - room), max(0, room - one[part])
+        if away.fetched and size.compute == size.param:  # nothing is cast: what was fetched is what the step works with
+            one["working copy"] += away.fetched
+        one["sum of gradients"] = max(0, one["sum of gradients"] - away.grads)
+        one.update(handed)
+    worked = max(trip.worked for trip in away.trips)
+    every = during | {"update": {"gradients handed over": away.grads, "buckets": max(away.pair, worked)}}
+    if away.fetched:
+        every["fetch"] = {"working copy": during["head"]["working copy"], "largest leaf": away.largest_param, **handed}
+    return every
+
+
+def places_of(job: Job) -> tuple[str, ...]:
+    """`"host"`, `"nvme"`: what a job uses beside the device."""
+    if job.offload is None:
+        return ()
+    kinds = {place.kind for name in ("opt_state", "params", "activations") if (place := job.offload.place_of(name))}
+    return tuple(kind for kind in (HOST, NVME) if kind in kinds)

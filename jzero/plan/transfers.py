@@ -1,0 +1,48 @@
+"""How long what rests off the device takes to come and go, and how much of it passes while the device computes.
+
+- Parameters at rest in host memory are fetched whole when a step begins; every layer waits for them.
+- Activations leave in the forward pass and come back in the backward pass, beside the layers.
+- Whole buckets of the update: while one leaves the next arrives, so only one direction is waited for; the first two arrive
+  beside the gradient. Slices inside a program fetch and put back in turns: both directions are waited for.
+- Files are read and written at once, through a pool: a drive's rate is that of both together. The pool is filled beside the
+  gradient; the rest of the drive's time is waited for, unless the link's is longer.
+"""
+
+from typing import Any, NamedTuple
+
+from jzero.plan.hosts import Room
+from jzero.plan.offloads import Away
+
+
+class Transfer(NamedTuple):
+    """Seconds per step of one device's transfers."""
+
+    fetch_s: float = 0.0  # parameters, at the start
+    activations_s: float = 0.0  # both ways
+    link_s: float = 0.0  # of the update: host link, as the engine overlaps its directions
+    disk_s: float = 0.0  # of the update: the drive's reads and writes, what is read beside the gradient left out
+    alone_s: float = 0.0  # all of it, one after the other
+    waited_s: float = 0.0  # what the step takes longer for it
+
+    @property
+    def hidden(self) -> float:
+        """The share of transfer time that costs nothing."""
+        return 1 - self.waited_s / self.alone_s if self.alone_s else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._asdict() | {"hidden": self.hidden}
+
+
+def transfer(away: Away, room: Room, *, compute_s: float, num_micro: int) -> Transfer:
+    """`compute_s`: how long the gradient takes; `num_micro`: microbatches in it."""
+    fetch = away.fetched / room.link
+    activations = 2 * away.activations * num_micro / room.link
+    in_turns = sum(trip.host for trip in away.trips if trip.in_program)
+    streamed = away.host_moved + away.disk_moved - in_turns
+    link = (streamed + 2 * in_turns) / room.link
+    both = 2 * away.disk_moved / room.disk_bandwidth if away.disk_moved else 0.0
+    early = min(away.pool, away.disk_moved) / room.disk_bandwidth if away.disk_moved else 0.0
+    disk = both - min(early, compute_s)
+    alone = fetch + activations + 2 * (away.host_moved + away.disk_moved) / room.link + both
+    waited = fetch + max(0.0, activations - compute_s) + max(link, disk)
+    return Transfer(fetch, activations, link, disk, alone, waited)

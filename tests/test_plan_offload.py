@@ -1,0 +1,199 @@
+"""Plans of what rests off the device: bytes, buckets, budgets and time."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from fixtures.compilers import compilers as compilers
+
+import jzero
+from benchmarks import plans_compared
+from jzero import models
+from jzero.plan import closed, facts, hosts, names, offloads, room, search
+from jzero.plan.job import Job, make
+from jzero.plan.main import main
+from jzero.plan.pasted import python_of
+from jzero.plan.planned import plan_job
+from jzero.plan.times import times
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_a_plan_counts_what_rests_off_the_device():
+    train_step = jzero.make_train_step(lambda w, x: jnp.mean((x @ w["a"]) ** 2), optax.adamw(1e-3))
+    state = jax.eval_shape(lambda: train_step.init({"a": jnp.zeros((512, 512))}))
+    batch = jax.ShapeDtypeStruct((16, 512), jnp.float32)
+    plain = jzero.shard(train_step, stage=3)
+    step = jzero.shard(train_step, stage=3, offload=jzero.Offload(opt_state="host", activations="host"))
+    found = {name: jzero.plan(one, state, batch, target="v5e:2x2") for name, one in (("plain", plain), ("offload", step))}
+    moved = 8 * 512 * 512 // 4
+    at_rest = {name: plan.compiled["at_rest"]["opt_state"] for name, plan in found.items()}
+    assert at_rest["plain"] - at_rest["offload"] == moved == found["offload"].compiled["offload"]["moved_bytes"]
+    assert any("524 kB rest in pinned_host" in line for line in found["offload"].compiled["findings"])
+    assert found["offload"].budgets["host"]["need"] == moved
+
+
+def job_of(offload, model="llama-8b", target="h100:1x1", **asked):
+    return make(model, target, **({"seq": 4096} | asked), offload=names.offload(offload) if offload else None)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("offload", ["opt_state=host", "opt_state=host,params=host", "opt_state=host,params=host,fraction=0.5"])
+def test_the_device_lacks_exactly_what_the_host_has(offload, stage):
+    plain, job = (job_of(one, model="llama-1b", target="h100:1x8", stage=stage) for one in (None, offload))
+    rest = [sum(closed.memory(one).at_rest.values()) for one in (plain, job)]
+    found = offloads.away(job)
+    assert rest[0] - rest[1] == sum(found.gone.values()) == found.host_moved
+    whole = (12 if "params" in offload else 8) * closed.num_params(job.config) / 8
+    if "fraction" not in offload:
+        assert found.host_moved == pytest.approx(whole, rel=1e-3)  # norms stay whole
+    else:
+        assert 0.5 * whole <= found.host_moved <= 0.8 * whole  # whole leaves, and three of an eighth of it each
+
+
+def test_fraction_keeps_what_the_engine_keeps():
+    """The very leaves: `jzero.shard`'s layout of the same state on eight devices, each role's bytes compared."""
+    asked = jzero.Offload(opt_state="host", params="host", fraction=0.7)
+    job = make("llama-tiny", "h100:1x8", seq=32, offload=asked)
+    model = models.build(job.config)
+    train_step = jzero.make_train_step(model.loss, optax.adamw(1e-3), precision="bf16")
+    step = jzero.shard(train_step, stage=3, offload=asked)
+    state = jax.eval_shape(lambda: train_step.init(model.init(jax.random.key(0))))
+    leaves, places = jax.tree.leaves(state.params), jax.tree.leaves(step.shardings(state).params)
+    gone = [place.memory_kind == "pinned_host" for place in places]
+    sizes = [math.prod(place.shard_shape(leaf.shape)) * 4 for leaf, place in zip(leaves, places, strict=True)]
+    assert offloads.away(job).gone["params"] == sum(size for size, is_gone in zip(sizes, gone, strict=True) if is_gone)
+    assert 0 < sum(gone) < len(gone)
+
+
+# What the compilers made of steps with offload (`benchmarks/plans_offload.py --compare`): measured, not copied by hand.
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+COMPARED = json.loads(max(RESULTS.glob("*-plans-offload-axes.json")).read_text())["rows"]
+OFFLOADED = {line: row for line, row in COMPARED.items() if "offload" in row}
+
+
+@pytest.mark.parametrize("line", OFFLOADED)
+def test_buckets_are_the_engines(line):
+    job, row = plans_compared.job_of(line), OFFLOADED[line]
+    found, measured = offloads.away(job), row["offload"]
+    assert found.host_moved + found.disk_moved == measured["moved_bytes"]
+    assert [trip.num for trip in found.trips] == [bucket["slices"] for bucket in measured["buckets"]]
+    assert [trip.host + trip.disk for trip in found.trips] == [bucket["moved_bytes"] for bucket in measured["buckets"]]
+    assert found.grads == measured["grad_bytes"]
+    for role in ("params", "opt_state"):
+        assert closed.memory(job).at_rest[role] == pytest.approx(row["at_rest"][role], abs=64)  # and the optimizer's count
+    assert closed.memory(job).peak_bytes == pytest.approx(row["peak_bytes"], rel=0.06)
+
+
+def test_times_by_hand():
+    """Llama 8B on one H100: 12 bytes a parameter in turns both ways, and parameters once more before the step."""
+    job = job_of("opt_state=host,params=host")
+    found, link = times(job), 63e9 * 0.8
+    params = 4 * closed.num_params(job.config)
+    assert found.transfer.fetch_s == pytest.approx(params / link)
+    assert found.transfer.link_s == pytest.approx(2 * 3 * params / link, rel=1e-3)  # norms go whole, both ways at once
+    assert found.step_s == pytest.approx(found.compute_s + found.update_s + found.transfer.waited_s)
+    assert found.bound == "host link"
+    assert times(job_of("opt_state=host,params=host", accumulate=64, batch=64)).bound == "compute"
+
+
+def test_a_drive_holds_two_generations_and_is_read_and_written_at_once():
+    job = job_of("opt_state=nvme:/data,bucket_bytes=1GB", model="llama-1b", disk_bandwidth=3 * 10**9)
+    found, sent = offloads.away(job), times(job).transfer
+    payload = 8 * closed.num_params(job.config)
+    assert (found.disk_moved, found.disk_bytes, found.host_moved) == (payload, 2 * payload, 0)
+    assert found.pool == 4 * max(trip.disk // trip.num for trip in found.trips) <= 4.2e9
+    assert sent.disk_s == pytest.approx(2 * payload / 3e9, rel=0.1)  # what fills the pool is read beside the gradient
+    assert sent.disk_s < 2 * payload / 3e9
+    assert times(job).bound == "disk"
+
+
+def test_activations_pass_beside_the_layers():
+    job = job_of("activations=host", model="llama-1b", target="v5e:4x4", seq=2048)
+    assert job.remat == "dots"
+    plain, parts = (closed.memory(one).parts for one in (job._replace(offload=None), job))
+    found = offloads.away(job)
+    layers = job.config.num_layers
+    assert plain["saved activations"] - parts["saved activations"] == found.activations * (layers - 2) // layers
+    assert times(job).transfer.hidden == 1.0 or times(job).transfer.waited_s > 0
+
+
+def test_activations_in_host_memory_leave_the_device_as_compiled():
+    """The v5e program keeps one and a half layers' of them on the device, the plan two."""
+    plain, away = (
+        COMPARED[f"llama-1b,num_layers=4 v5e:2x2 seq=2048 {word}"] for word in ("remat=dots", "offload=activations=host")
+    )
+    job = plans_compared.job_of("llama-1b,num_layers=4 v5e:2x2 seq=2048 offload=activations=host")
+    fall, found = plain["peak_bytes"] - away["peak_bytes"], offloads.away(job)
+    assert found.activations - found.kept_activations <= fall <= found.activations
+
+
+@pytest.mark.parametrize(
+    ("asked", "short"),
+    [
+        ({"offload": "opt_state=host"}, ["device"]),
+        ({"offload": "opt_state=host,params=host", "host_memory": 64 * 10**9}, ["host"]),
+        ({"offload": "opt_state=nvme:/data", "model": "llama-1b", "disk": 10**10}, ["disk"]),
+        ({"offload": "opt_state=host,params=host", "model": "llama-70b"}, ["device", "host"]),
+    ],
+)
+def test_what_is_short_is_named(asked, short):
+    plan = plan_job(job_of(**asked), compile_too=False)
+    assert list(plan.short) == short
+    assert not plan.fits
+    assert all(f"of {name}" in str(plan) for name in ("device memory",) * ("device" in short))
+    assert all(room.fits(Job.of(change["job"]), plan.usable_bytes) for change in plan.changes)
+    json.dumps(plan.to_dict())
+
+
+def test_offload_is_a_change_that_is_tried():
+    plan = plan_job(make("llama-8b", "h100:1x1", seq=4096), compile_too=False)
+    assert "--offload opt_state=host,params=host" in [change["flags"] for change in plan.changes]
+    short = plan_job(job_of("opt_state=host,params=host", model="llama-1b", host_memory=12 * 10**9), compile_too=False)
+    assert any("fraction" in change["flags"] for change in short.changes)
+
+
+def test_a_host_has_sources():
+    for target, host in hosts.HOSTS.items():
+        assert set(host.source) == {"devices", "memory", "link", "disk", "disk_bandwidth"}, target
+        assert host.memory > 0 < host.link
+    assert set(hosts.HOSTS) == set(facts.FACTS)
+
+
+def test_the_search_tries_offload_and_it_can_be_pasted():
+    job = make("llama-8b", "h100:1x1", seq=2048, batch=4)
+    found = search.search(job, compile_best=0)
+    assert found["num_candidates"] > len(list(search.candidates(job)))
+    assert found["winner"]["job"]["offload"] == {"opt_state": "host", "params": "host"}  # nothing else fits one of them
+    assert "offload=jzero.Offload(opt_state='host', params='host')" in python_of(found["winner"]["job"])
+
+
+@pytest.mark.slow
+def test_pasted_offload_trains():
+    small = make("gpt2-tiny,num_layers=2", "h100:1x8", seq=32, offload=jzero.Offload(opt_state="host"))
+    pasted: dict = {}
+    exec(python_of(small.to_dict()), pasted)  # on the eight simulated devices of the tests
+    tokens = jnp.zeros((small.batch, small.seq + 1), jnp.int32)
+    _, metrics = pasted["step"](pasted["state"], tokens)
+    assert jnp.isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--offload", "opt_stat=host"], "Did you mean 'opt_state'"),
+        (["--offload", "opt_state=disk"], "names no place"),
+        (["--offload", "params=nvme:/data"], "every step reads them"),
+        (["--offload", "activations=host", "--remat", "full"], "the host holds what dots saves"),
+        (["--disk-bandwidth", "3GB"], "would have no effect"),
+        (["--offload", "opt_state=host", "--host-memory", "many"], "not a number of bytes"),
+        (["--offload", "activations=host", "--mesh", "pipe=2", "--accumulate", "4"], "a pipeline saves no activations"),
+    ],
+)
+def test_bad_input_is_explained(words, said, capsys):
+    assert main(["--model", "llama-8b", "--target", "h100:1x8", "--closed-form-only", *words]) == 2
+    assert said in capsys.readouterr().err
