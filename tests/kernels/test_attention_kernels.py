@@ -121,9 +121,9 @@ def test_what_is_chosen_and_why(monkeypatch):
     assert "no GPU here" in choice(H100).reason
     assert "never run on a TPU v5p" in choice("TPU v5p").reason
     assert "cannot split it" in choice("TPU v5p", manual=False).reason
-    by_blocks = choice("cpu", length=8192, heads=32)
+    by_blocks = choice("cpu", length=16384, heads=32)
     assert by_blocks.implementation == "chunked"
-    assert "scores take 8,590 MB" in by_blocks.reason
+    assert "scores take 34,360 MB" in by_blocks.reason
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     # Not traced: JAX would ask a GPU that is not there.
     arrays = tuple(jax.ShapeDtypeStruct((2, 1024, num, 64), jnp.bfloat16) for num in (8, 4, 4))
