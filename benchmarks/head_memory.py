@@ -36,7 +36,7 @@ RIVAL = (4, 8192, 2560, 128256)  # batch, length, dim, vocabulary: the size that
 def step_bytes(target: str, sequences: int, length: int, loss: str, model: str = "llama-8b") -> dict[str, Any]:
     """Compiled memory of one step per device."""
     devices = jzero.topology(target)
-    built = models.build(model, loss=loss, attention="plain")
+    built = models.build(model, loss=loss, attention="chunked")  # plain attention's scores would hide the head
     own = jzero.make_train_step(built.loss, optax.adamw(1e-4), precision="bf16")
     step = jzero.shard(own, stage=3, mesh=jzero.make_mesh(devices=devices), remat="full", strict=False)
     state = jax.eval_shape(lambda key: own.init(built.init(key)), jax.random.key(0))

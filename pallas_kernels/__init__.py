@@ -3,7 +3,9 @@
 Every operation takes `implementation=None`, which chooses by device, shape and dtype, or a name, which insists.
 """
 
+from pallas_kernels.attention import attention as attention
 from pallas_kernels.dispatch import Choice as Choice
+from pallas_kernels.dispatch import by_definition as by_definition
 from pallas_kernels.dispatch import disabled as disabled
 from pallas_kernels.dispatch import found_in as found_in
 from pallas_kernels.dispatch import interpreted as interpreted

@@ -4,19 +4,20 @@
         jax.make_jaxpr(step)(state, batch)
     for choice in choices: print(choice)
 
-`recording` sees what is traced inside it, with reasons. A function that `jax.jit` has traced before is not traced again, so
-every call also stands in the program as a `jit` of a telling name: `found_in(jaxpr)` lists them all, cached or not.
+`recording` sees what is traced inside it, with reasons. A function that `jax.jit` has traced before for the same target is
+not traced again, so every call also stands in the program as a `jit` of a telling name: `found_in(jaxpr)` lists them all.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels._errors import explain, short, suggest
 
@@ -30,7 +31,9 @@ class Call(NamedTuple):
     device_kind: str
     arrays: tuple[jax.ShapeDtypeStruct, ...]
     options: Mapping[str, Any]
-    is_local: bool = False  # arrays are surely one device's: inside shard_map, or there is no other device
+    is_local: bool = False  # arrays are surely one device's: inside shard_map, interpreted, or there is no other device
+    is_nested: bool = False  # in a shard_map inside another, as `inside_another` says
+    auto_axes: tuple[str, ...] = ()  # of the mesh in force, over which the partitioner may split them even so
 
     @property
     def is_gpu(self) -> bool:
@@ -56,7 +59,7 @@ class Implementation(NamedTuple):
     def refuses(self, call: Call) -> str | None:
         """Why it cannot do this on this device, or None."""
         there = {"gpu": call.is_gpu, "tpu": call.is_tpu, None: True}[self.platform]
-        if not there and not _interpreted.get():
+        if not there and not _said.value.is_interpreted:
             return f"it runs on a {str(self.platform).upper()}, and this is for {call.device_kind}"
         return self.supports(call)
 
@@ -73,26 +76,32 @@ class Choice(NamedTuple):
         return f"{self.op}({', '.join(self.arrays)}): {self.implementation}" + (f", {self.reason}" if self.reason else "")
 
 
-_target: ContextVar[str | None] = ContextVar("pallas_kernels_target", default=None)
+class _Said(NamedTuple):
+    """What the `with` blocks around a call say."""
+
+    target: str | None = None
+    num_devices: int | None = None
+    is_disabled: bool = False
+    is_interpreted: bool = False
+    is_defined: bool = False
+    is_nested: bool = False
+
+
+_said = jax.make_user_context(_Said())  # part of the key of JAX's caches: what was traced in another block is traced anew
 _records: ContextVar[tuple[list[Choice], ...]] = ContextVar("pallas_kernels_records", default=())
-_disabled: ContextVar[bool] = ContextVar("pallas_kernels_disabled", default=False)
-_interpreted: ContextVar[bool] = ContextVar("pallas_kernels_interpreted", default=False)
 
 
-@contextmanager
-def target(device_kind: str) -> Iterator[None]:
-    """What is traced inside is for devices of this kind (`device.device_kind`); else for `jax.devices()[0]`.
+def target(device_kind: str, num_devices: int | None = None) -> AbstractContextManager[None]:
+    """What is traced inside is for devices of this kind (`device.device_kind`); else for `jax.devices()`.
+
+    `num_devices`: how many it runs on together. On one nothing is split, so kernels that need whole arrays may be taken.
 
     Example:
       >>> with target("TPU v5 lite"):
       ...     print(device_kind())
       TPU v5 lite
     """
-    token = _target.set(device_kind)
-    try:
-        yield
-    finally:
-        _target.reset(token)
+    return _said(_said.value._replace(target=device_kind, num_devices=num_devices))
 
 
 @contextmanager
@@ -106,34 +115,41 @@ def recording() -> Iterator[list[Choice]]:
         _records.reset(token)
 
 
-@contextmanager
-def disabled() -> Iterator[None]:
+def disabled() -> AbstractContextManager[None]:
     """What is traced inside takes the reference of every operation, unless an implementation is named: for comparisons."""
-    token = _disabled.set(True)
-    try:
-        yield
-    finally:
-        _disabled.reset(token)
+    return _said(_said.value._replace(is_disabled=True))
 
 
-@contextmanager
-def interpreted() -> Iterator[None]:
+def interpreted() -> AbstractContextManager[None]:
     """Kernels that are named inside run on any device, interpreted: as a check of their numbers, slowly."""
-    token = _interpreted.set(True)
-    try:
-        yield
-    finally:
-        _interpreted.reset(token)
+    return _said(_said.value._replace(is_interpreted=True))
+
+
+def inside_another() -> AbstractContextManager[None]:
+    """What is traced inside stands in a `shard_map` inside another, where a compiler may not take everything."""
+    return _said(_said.value._replace(is_nested=True))
+
+
+def by_definition() -> AbstractContextManager[None]:
+    """What is traced inside takes the reference even where an implementation is named, and is not recorded: to ask what a
+    program means, which does not depend on how it is computed.
+    """
+    return _said(_said.value._replace(is_defined=True))
 
 
 def device_kind() -> str:
     """What the program being traced is for."""
-    return _target.get() or jax.devices()[0].device_kind
+    return _said.value.target or jax.devices()[0].device_kind
 
 
 def _is_local() -> bool:
-    inside = bool(jax.sharding.get_abstract_mesh().manual_axes)
-    return inside or (_target.get() is None and jax.device_count() == 1)
+    inside = bool(jax.sharding.get_abstract_mesh().manual_axes) or _said.value.is_interpreted
+    return inside or (jax.device_count() if _said.value.target is None else _said.value.num_devices) == 1
+
+
+def _auto_axes() -> tuple[str, ...]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in mesh.auto_axes if mesh.shape[axis] > 1)
 
 
 @cache
@@ -151,15 +167,19 @@ class Op:
     def __call__(self, *arrays: jax.Array, implementation: str | None = None, **options: Any) -> Any:
         """Run the chosen or named implementation on arrays; `options` are static."""
         arrays = alike(arrays)
+        if _said.value.is_defined:
+            return self.table[self.reference].run(*arrays, **options)
         avals = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
-        call = Call(device_kind(), avals, options, _is_local())
+        call = Call(device_kind(), avals, options, _is_local(), _said.value.is_nested, _auto_axes())
         chosen, reason = self.insist(implementation, call) if implementation else self.choose(call)
         choice = Choice(self.name, chosen.name, reason, tuple(map(short, avals)))
         for choices in _records.get():
             choices.append(choice)
         if chosen.platform:
-            options = {**options, "interpret": _interpreted.get()}
-        return _named(chosen.run, f"{_PREFIX}{self.name}{_BETWEEN}{chosen.name}", tuple(sorted(options.items())))(*arrays)
+            options = {**options, "interpret": _said.value.is_interpreted}
+        return _named(
+            chosen.run, f"{_PREFIX}{self.name}{_BETWEEN}{chosen.name}{_BETWEEN}{len(arrays)}", tuple(sorted(options.items()))
+        )(*arrays)
 
     def would_be(self, *arrays: Any, **options: Any) -> Implementation:
         """What would be chosen for arrays of these shapes and dtypes, without a record: for callers that prepare them."""
@@ -187,7 +207,7 @@ class Op:
 
     def choose(self, call: Call) -> tuple[Implementation, str]:
         """The first that may be used, and why those before it may not."""
-        if _disabled.get():
+        if _said.value.is_disabled:
             return self.table[self.reference], "kernels are disabled"
         refused = []
         for one in self.table.values():
@@ -206,6 +226,13 @@ def varying(array: jax.Array) -> frozenset[str]:
     """The manual mesh axes that an array is typed as varying over."""
     found = getattr(jax.typeof(array), "manual_axis_type", None)
     return found.varying if found is not None else getattr(jax.typeof(array), "vma", frozenset())
+
+
+def zeros(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.Array:
+    """Zeros that vary over the mesh axes that `like` varies over: what a loop starts with."""
+    axes = tuple(sorted(varying(like)))
+    none = jnp.zeros(shape, dtype)
+    return jax.lax.pcast(none, axes, to="varying") if axes else none
 
 
 def alike(arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
@@ -234,12 +261,13 @@ def found_in(jaxpr: Any) -> list[Choice]:
     """Every call of an operation in a program, however deep, in order; reasons are only known to `recording`."""
     found = []
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if "transpose(" in str(eqn.source_info.name_stack):
+            continue  # the backward pass of what is listed
         name = eqn.params.get("name", "")
         if isinstance(name, str) and name.startswith(_PREFIX) and _BETWEEN in name:
-            if "transpose(" in str(eqn.source_info.name_stack):
-                continue  # the backward pass of a call that is listed
-            op, implementation = name.removeprefix(_PREFIX).split(_BETWEEN, 1)
-            found.append(Choice(op, implementation, "", tuple(short(var.aval) for var in eqn.invars)))
+            op, implementation, number = name.removeprefix(_PREFIX).split(_BETWEEN)
+            arrays = tuple(short(var.aval) for var in eqn.invars[: int(number)])  # what follows, a derivative has moved there
+            found += [Choice(op, implementation, "", arrays)] if len(arrays) == int(number) else []
         else:
             found += [choice for inner in _inner(eqn.params) for choice in found_in(inner)]
     return found

@@ -369,3 +369,20 @@ def test_a_combined_reduction_is_told_apart_array_by_array():
         ("all-reduce", "reduce-scatter", 32, 128),
         ("all-reduce", "all-reduce", 16, 64),
     ]
+
+
+def test_an_instruction_over_several_lines_is_one():
+    """A kernel's metadata is printed so, and ends like a computation."""
+    text = """HloModule m
+
+ENTRY %e (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %k = f32[4]{0} custom-call(%p), custom_call_target="kernel", frontend_attributes={kernel_metadata={
+"block":"{}"
+}}, metadata={op_name="jit(f)/call"}
+  ROOT %r = f32[4]{0} negate(%k)
+}
+"""
+    module = hlo.parse(text)
+    assert module.computations["e"].root == "r"
+    assert 'op_name="jit(f)/call"' in module.computations["e"].instructions["k"].attributes

@@ -115,9 +115,12 @@ def test_a_remat_policy_sees_the_products(product):
 
 
 def test_attention_implementation_is_chosen_by_device_and_dtype():
-    assert choose_attention(jnp.float32) == choose_attention(jnp.bfloat16) == "plain"  # these devices are CPUs
+    shape = lambda dtype: jax.ShapeDtypeStruct((1, 1024, 12, 64), dtype)
+    chosen = lambda dtype, kind: choose_attention(shape(dtype), shape(dtype), device_kind=kind)
+    dtypes, h100 = (jnp.float32, jnp.bfloat16, jnp.float16), "NVIDIA H100 80GB HBM3"
+    assert {chosen(dtype, kind) for dtype in dtypes for kind in ("cpu", "TPU v5 lite", h100)} == {"plain"}  # no GPU here
     with mock.patch("jax.default_backend", return_value="gpu"):
-        assert [choose_attention(dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)] == ["plain", "cudnn", "cudnn"]
+        assert [chosen(dtype, h100) for dtype in dtypes] == ["plain", "cudnn", "cudnn"]
 
 
 def test_flops_per_token_is_the_stated_formula():

@@ -1,18 +1,20 @@
 """`jzero.attention`: exact attention, whether or not a mesh axis splits the sequence."""
 
 import difflib
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+import pallas_kernels
 from jzero._errors import columns, explain, suggest
 from jzero._tree import short
 from jzero._types import MESH_AXES
 from jzero.attention import ring
 from jzero.attention.place import Place, place, size, status
-from jzero.attention.plain import Attention, attend
+from jzero.attention.plain import NEVER_SPLIT, Attention, attend, choose_attention
 from jzero.attention.ulysses import attend_by_heads
 
 Kind = Literal["ulysses", "ring"]
@@ -27,8 +29,9 @@ def attention(
     """Softmax attention q[B, T, H, C], k and v[B, T, K, C] -> [B, T, H, C], exact also where a mesh axis splits T.
 
     Under a step of `jzero.shard` on a mesh with that axis (or under `jax.set_mesh`) it runs as one `shard_map`: T over `axis`,
-    B over the batch axes, heads over `tensor` where that divides H and K. On any other mesh, and on none, it is plain
-    attention. With S = size of `axis`, and lengths, heads and bytes those of one device, the wire carries per pass
+    B over the batch axes, heads over `tensor` where that divides H and K. On any other mesh, and on none, it is
+    `pallas_kernels.attention` of whole sequences. With S = size of `axis`, and lengths, heads and bytes those of one device,
+    the wire carries per pass
 
     - "ulysses": two all-to-alls, of the T_sequence (H + 2 K r) C elements of q, k and v and of the T_sequence H C of their
       result, (S-1)/S of each. Where S does not divide K, each key-value head is sent r = S / gcd(K, S) times. S divides H.
@@ -45,7 +48,8 @@ def attention(
       kind: "ulysses" or "ring". Needs less wire: "ulysses", as long as S divides the heads; "ring" needs no heads.
       causal: queries see no later keys.
       segment_ids: int[B, T]; queries see only keys of their own segment. Each device gets all T of them.
-      implementation: of what a device computes by itself: "plain" or "cudnn"; None chooses. A ring has its own.
+      implementation: of what a device computes by itself (`pallas_kernels.attention`): "cudnn", "splash", "plain" or "chunked";
+        None chooses. A ring has its own.
 
     Raises:
       ValueError: shapes that disagree, an unknown kind, heads or a length that the axis does not divide.
@@ -62,7 +66,7 @@ def attention(
     """
     _check(q, k, v, axis, kind, segment_ids, implementation)
     if status(axis) == "absent":
-        return attend(q, k, v, causal=causal, segment_ids=segment_ids, implementation=implementation)
+        return _whole(q, k, v, segment_ids, axis, partial(attend, causal=causal, implementation=implementation), implementation)
     where = place(axis, q.shape[0], q.shape[2], k.shape[2])
     is_local = status(axis) == "manual"
     _check_divides(q, k, where, kind, causal, is_local)
@@ -71,6 +75,18 @@ def attention(
         return _ring(ring.Ring(axis, causal, num_kv_heads), where, is_local, q, k, v, segment_ids)
     local = partial(attend_by_heads, axis=axis, causal=causal, implementation=implementation)
     return _on_pieces(local, where, is_local, [*[_ACTIVATION] * 3, _IDS], _ACTIVATION)(q, k, v, segment_ids)
+
+
+def _whole(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, axis: str, run: Any, implementation: Any
+) -> jax.Array:
+    """On sequences in one piece. The kernel that no partitioner can split is given one device's examples and heads."""
+    where = place(axis, q.shape[0], q.shape[2], k.shape[2])
+    kind = pallas_kernels.dispatch.device_kind()
+    if not where.axes - {axis} or (implementation or choose_attention(q, k, device_kind=kind)) != NEVER_SPLIT:
+        return run(q, k, v, segment_ids=segment_ids)
+    local = lambda q, k, v, segment_ids: run(q, k, v, segment_ids=segment_ids)
+    return _on_pieces(local, where._replace(axis=None), False, [*[_ACTIVATION] * 3, _IDS], _ACTIVATION)(q, k, v, segment_ids)
 
 
 _ACTIVATION = ("batch", "length", "heads", None)
@@ -85,13 +101,15 @@ def _on_pieces(local: Any, where: Place, is_local: bool, ins: Any, outs: Any) ->
         return local
 
     def run(*args: Any) -> Any:
+        is_nested = bool(jax.sharding.get_abstract_mesh().manual_axes)
         present = [index for index, arg in enumerate(args) if arg is not None]
 
         def on_pieces(*given: Any) -> Any:
             full: list[Any] = [None] * len(args)
             for index, value in zip(present, given, strict=True):
                 full[index] = value
-            return local(*full)
+            with pallas_kernels.dispatch.inside_another() if is_nested else nullcontext():
+                return local(*full)
 
         specs = where.spec(*outs) if isinstance(outs[0], str | None) else tuple(where.spec(*dims) for dims in outs)
         mapped = jax.shard_map(
@@ -169,7 +187,7 @@ def _check(q: Any, k: Any, v: Any, axis: Any, kind: Any, segment_ids: Any, imple
 
 def _check_divides(q: jax.Array, k: jax.Array, where: Place, kind: Kind, causal: bool, is_local: bool) -> None:
     """What does not fit this mesh, with the sizes that would."""
-    num, own = size(where.axis), 1 if is_local else size(where.heads)
+    num, own = size(where.length), 1 if is_local else size(where.heads)
     length, num_heads = q.shape[1] * (num if is_local else 1), q.shape[2] // own
     context = f"mesh {dict(jax.sharding.get_abstract_mesh().shape)}; kind={kind!r}, causal={causal}"
     pieces = num * (2 if kind == "ring" and causal else 1)

@@ -16,15 +16,19 @@ class Place(NamedTuple):
     """Of arrays [batch, length, heads, head_dim]: the axes of each dim, to be manual while attention runs."""
 
     batch: tuple[str, ...]
-    axis: str
+    axis: str | None  # None: no axis splits the length
     heads: tuple[str, ...]
 
     @property
     def axes(self) -> frozenset[str]:
-        return frozenset((*self.batch, self.axis, *self.heads))
+        return frozenset((*self.batch, *self.length, *self.heads))
+
+    @property
+    def length(self) -> tuple[str, ...]:
+        return () if self.axis is None else (self.axis,)
 
     def spec(self, *dims: Literal["batch", "length", "heads", None]) -> PartitionSpec:
-        entries: dict[str | None, tuple[str, ...]] = {"batch": self.batch, "length": (self.axis,), "heads": self.heads}
+        entries: dict[str | None, tuple[str, ...]] = {"batch": self.batch, "length": self.length, "heads": self.heads}
         return PartitionSpec(*(entries.get(dim) or None for dim in dims))
 
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jzero.attention import blocks
-from jzero.attention.blocks import Stats
-from jzero.attention.plain import not_later, same_segment
+from pallas_kernels.attention import blocks
+from pallas_kernels.attention.blocks import Scores, Stats
+from pallas_kernels.attention.masks import both, same_segment, visible
 
 
 class Ring(NamedTuple):
@@ -67,7 +67,7 @@ def forward(
     def add(stats: Stats, keys: Any, tick: Any, visits: Sequence[tuple[Any, Any]], diagonal: bool = False) -> Stats:
         for here, there in visits:
             old, (key, value) = _at(stats, here), _at(keys, there)
-            new = blocks.add(old, _at(q, here), key, value, mask(tick, here, there, diagonal))
+            new = blocks.add(old, _at(q, here), key, value, mask(tick, here, there, diagonal), _how(q))
             stats = _put(stats, here, new)
         return stats
 
@@ -102,7 +102,7 @@ def backward(
             key, value = _at(keys, there)
             found = blocks.gradient(
                 _at(q, here), key, value, mask(tick, here, there, diagonal), _at(out_grad, here), _at(log_total, here),
-                _at(dot, here),
+                _at(dot, here), _how(q),
             )  # fmt: skip
             q_grads = _put(q_grads, here, _at(q_grads, here) + found.q)
             old = _at(key_grads, there)
@@ -128,6 +128,10 @@ def backward(
     return first, second, third
 
 
+def _how(q: jax.Array) -> Scores:
+    return Scores(q.shape[-1] ** -0.5)
+
+
 def _split(fused: jax.Array, ring: Ring) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     num_heads = fused.shape[3] - 2 * ring.num_kv_heads
     q, k, v = jnp.split(fused, [num_heads, num_heads + ring.num_kv_heads], axis=3)
@@ -138,7 +142,8 @@ def _mask(
     ring: Ring, segment_ids: jax.Array | None, length: int, tick: Any, here: Any, there: Any, diagonal: bool
 ) -> jax.Array | None:
     """Of a block: the triangle on the diagonal, and where segments agree. segment_ids[B, T] are whole."""
-    mask = not_later(length) if diagonal else None
+    places = jnp.arange(length)
+    mask = visible(places, places, causal=True, sliding_window=None) if diagonal else None
     if segment_ids is None:
         return mask
     device = jax.lax.axis_index(ring.axis)
@@ -148,8 +153,7 @@ def _mask(
     of_queries, of_keys = (
         jax.lax.dynamic_slice_in_dim(segment_ids, place * length, length, axis=1) for place in places
     )  # fmt: skip
-    same = same_segment(of_queries, of_keys)[:, None, None]
-    return same if mask is None else mask & same
+    return both(mask, same_segment(of_queries, of_keys)[:, None, None])
 
 
 def to_chunks(ring: Ring, *pieces: jax.Array) -> list[jax.Array]:

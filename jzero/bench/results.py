@@ -62,7 +62,10 @@ def _peak_bytes(costs: Mapping[str, Any], setup: Setup) -> int:
 
 
 def _attention(setup: Setup) -> str:
-    computed = choose_attention(get_precision(setup.precision).compute)
+    config, dtype = setup.model.config, get_precision(setup.precision).compute
+    heads = config.num_heads, getattr(config, "num_kv_heads", config.num_heads)
+    q, k = (jax.ShapeDtypeStruct((1, setup.seq, num, config.head_dim), dtype) for num in heads)
+    computed = choose_attention(q, k, device_kind=setup.mesh.devices.flat[0].device_kind)
     return f"{computed}; {setup.attention_kind} over 'sequence'" if axis_size(setup.mesh, "sequence") > 1 else computed
 
 

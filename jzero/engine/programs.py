@@ -92,7 +92,10 @@ def lower(
         compiler_options=compiler.options(options.mesh),
     )  # fmt: skip
     abstract = jax.tree.unflatten(placed.treedef, placed.avals)
-    with pallas_kernels.target(options.mesh.devices.flat[0].device_kind), pallas_kernels.recording() as choices:
+    with (
+        pallas_kernels.target(options.mesh.devices.flat[0].device_kind, options.mesh.size),
+        pallas_kernels.recording() as choices,
+    ):
         lowered = jitted.lower(abstract, *batch)
     traces[0].choices = tuple(choices)
     traces[0].kept = len(jax.tree.leaves(placed.tree.params)) if keeps_params else 0

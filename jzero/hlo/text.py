@@ -6,6 +6,7 @@ back ends write kilobytes of configuration on every line.
 
 import math
 import re
+from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -109,7 +110,7 @@ def parse(text: str) -> Module:
     body: dict[str, Instruction] = {}
     computations: dict[str, Computation] = {}
     tables: dict[str, dict[int, str]] = {title: {} for title in _TABLES}
-    for line in text.splitlines():
+    for line in _lines(text):
         if line in tables:
             table = tables[line]
         elif line.startswith("HloModule"):
@@ -127,6 +128,20 @@ def parse(text: str) -> Module:
     if not entry:
         raise ValueError("jzero.hlo.parse: the text holds no ENTRY computation; pass what compiled.as_text() returns")
     return Module(header, computations, entry, tables)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Lines; an instruction that is printed over several, as one with a kernel's metadata is, put on one."""
+    held: list[str] = []
+    for line in text.splitlines():
+        if not held and not line.endswith("={"):
+            yield line
+            continue
+        held.append(line)
+        if line.startswith("}}"):
+            yield "".join(held)
+            held = []
+    yield from held
 
 
 def attribute(instruction: Instruction, name: str) -> str | None:

@@ -58,7 +58,8 @@ def build(
     Args:
         model: a preset's name or a config. Keyword `changes` replace fields of a preset.
         scan_layers: stack the layers and scan over them (compile time does not grow with depth), or unroll a list.
-        attention: None chooses by device and dtype; "plain" or "cudnn" insists.
+        attention: None chooses by device, shape and dtype; "cudnn", "splash", "plain" or "chunked" insists
+            (`pallas_kernels.attention`).
         attention_kind: "ulysses" or "ring", on a mesh with an axis `sequence` (`jzero.attention`).
         loss: "plain", or the head of `pallas_kernels`: "fused" and "chunked" keep no logits for the backward pass, "reference"
             does, "auto" chooses (`jzero.models.loss`). Plans count the plain one.

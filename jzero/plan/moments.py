@@ -17,6 +17,8 @@ from jzero.models import GPT2Config, MixtralConfig
 from jzero.plan import exchanges, facts, pipelines
 from jzero.plan.job import Job
 from jzero.plan.shapes import Leaf, Zero
+from pallas_kernels.attention import LARGE_BYTES
+from pallas_kernels.attention.chunked import CHUNK
 
 Moment = dict[str, int]  # part -> bytes per device
 
@@ -130,7 +132,9 @@ def saved(job: Job, size: Sizes) -> int:
 
 
 def scores(job: Job, size: Sizes) -> int:
-    """Attention's scores when most of them are alive: plain attention's backward pass, recomputed."""
+    """Attention's scores when most of them are alive: plain attention's backward pass, recomputed; or one block of them."""
+    if _is_by_blocks(job):
+        return blocked(job)
     each = job.micro_sequences * (job.config.num_heads // job.tensor) * _pairs(job)
     if facts.is_tpu(job.parsed):
         return (_FLOAT32 + size.compute) * each  # its fusions write the weights and their gradient, nothing between
@@ -138,6 +142,21 @@ def scores(job: Job, size: Sizes) -> int:
         return 4 * size.compute * each
     # Grouped heads: the softmax in float32 is written too, where it is not one of the three already.
     return (3 * size.compute + (_FLOAT32 if size.compute != _FLOAT32 else 0)) * each
+
+
+def _is_by_blocks(job: Job) -> bool:
+    """As `pallas_kernels.attention` chooses, by one example's heads that it is given; a ring has blocks of its own."""
+    is_ring = job.sequence > 1 and job.attention_kind == "ring"
+    heads = job.config.num_heads // (job.sequence * job.tensor if job.sequence > 1 else 1)
+    return not is_ring and 4 * heads * job.seq**2 > LARGE_BYTES
+
+
+def blocked(job: Job) -> int:
+    """Long sequences go block by block: three blocks of float32 scores, and the gradients of q, k and v summed in float32."""
+    config = job.config
+    heads = config.num_heads + 2 * getattr(config, "num_kv_heads", config.num_heads)
+    scores = 3 * job.micro_sequences * (config.num_heads // job.sequence) * CHUNK**2
+    return _FLOAT32 * (scores + job.micro_tokens * heads * config.head_dim) // job.tensor
 
 
 def _pairs(job: Job) -> int:

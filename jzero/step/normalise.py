@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+import pallas_kernels
 from jzero import reduction as reductions
 from jzero.step import batch as batches
 from jzero.step import gradient
@@ -84,7 +85,8 @@ def examples_of(call: LossCall, params: Any, micro: Any, rng: Any, model_state: 
         return jax.tree.leaves(outcome)
 
     factor = max(2, num_parts)
-    verdict = reductions.analyze(flat_loss, flat, dims, factor=factor)
+    with pallas_kernels.by_definition():
+        verdict = reductions.analyze(flat_loss, flat, dims, factor=factor)
     ranks = [leaf.ndim for leaf in jax.tree.leaves(seen[0])]
     return _judge(verdict, jax.tree.unflatten(jax.tree.structure(seen[0]), range(len(ranks))), ranks, factor)
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import fused_optimizer, norm
 from pallas_kernels import quantize as blockwise
+from pallas_kernels.attention import ATTENTION, attention
+from pallas_kernels.attention import shapes as attentions
 from pallas_kernels.fused_optimizer import ADAMW, LION
 from pallas_kernels.fused_optimizer import shapes as leaves_of
 from pallas_kernels.linear_cross_entropy import TOTAL, linear_cross_entropy_sum
@@ -138,6 +140,29 @@ def _head(shape: heads.Shape, dtype: Any) -> Case:
     return Case(TOTAL, make, run, elements * jnp.dtype(dtype).itemsize, 6 * num_tokens * shape.dim * shape.padded)
 
 
+def _attention(shape: attentions.Shape, dtype: Any) -> Case:
+    """Causal attention and its gradients: two products forward, five backward, of the scores in sight."""
+
+    def make(key: jax.Array) -> tuple[jax.Array, ...]:
+        heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+        sizes = [(shape.batch, shape.length, num, shape.head_dim) for num in heads]
+        return tuple(jax.random.normal(one, size, dtype) for one, size in zip(jax.random.split(key, 3), sizes, strict=True))
+
+    def run(implementation: str) -> Callable[..., Any]:
+        options = {"sliding_window": shape.sliding_window, "soft_cap": shape.soft_cap, "implementation": implementation}
+
+        def both(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+            out, pull = jax.vjp(lambda *parts: attention(*parts, **options), q, k, v)
+            return out, pull(out)
+
+        return both
+
+    tokens, window = shape.batch * shape.length, min(shape.sliding_window or shape.length, shape.length)
+    seen = tokens * window - shape.batch * window * (window - 1) // 2  # scores of one head
+    elements = tokens * shape.head_dim * (5 * shape.num_heads + 6 * shape.num_kv_heads)
+    return Case(ATTENTION, make, run, elements * jnp.dtype(dtype).itemsize, 14 * seen * shape.num_heads * shape.head_dim)
+
+
 def _small(size: int, multiple: int = 1) -> int:
     return max(size // _SMALLER // multiple, 1) * multiple
 
@@ -148,6 +173,10 @@ def cases(*, tiny: bool, dtype: Any) -> dict[tuple[str, str], Case]:
     for name, (num_rows, dim) in rows.SHAPES.items():
         size = (_small(num_rows), _small(dim, 128)) if tiny else (num_rows, dim)
         found["norm", name] = _norm(*size, dtype)
+    for name, shape in attentions.SHAPES.items():
+        short = shape._replace(batch=1, length=_small(shape.length), head_dim=_small(shape.head_dim, 8))
+        window = shape.sliding_window and _small(shape.sliding_window)
+        found["attention", name] = _attention(short._replace(sliding_window=window) if tiny else shape, dtype)
     for name, shape in heads.SHAPES.items():
         vocab = _small(shape.vocab)
         small = heads.Shape(1, _small(shape.length), _small(shape.dim), vocab, vocab + (shape.padded > shape.vocab), shape.tied)

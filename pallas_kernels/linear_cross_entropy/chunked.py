@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import varying
+from pallas_kernels.dispatch import varying, zeros
 from pallas_kernels.linear_cross_entropy import chunks
 from pallas_kernels.linear_cross_entropy.reference import Loss, combine, loss_of, over_shards
 
@@ -75,8 +75,8 @@ def _backward(loss: Loss, num_chunks: int | None, saved: Any, cotangents: Any) -
 
     wide = jnp.promote_types(x.dtype, jnp.float32)
     # Zeros made of the operands vary over the mesh axes that the operands vary over.
-    zeros = (jnp.zeros_like(x, wide) + _nothing(lse, wide), jnp.zeros_like(w) + _nothing(lse, w.dtype))
-    (dx, dw), _ = jax.lax.scan(step, zeros, jnp.arange(cut.number, dtype=jnp.int32))
+    start = zeros(x.shape, wide, lse), zeros(w.shape, w.dtype, lse)
+    (dx, dw), _ = jax.lax.scan(step, start, jnp.arange(cut.number, dtype=jnp.int32))
     return dx.astype(x.dtype), dw, None
 
 
@@ -94,10 +94,3 @@ def _once(w: jax.Array) -> jax.Array:
     Compilers drop the empty half.
     """
     return jnp.concatenate([w, w[:0]], axis=0)
-
-
-def _nothing(lse: jax.Array, dtype: Any) -> jax.Array:
-    """Zero, as varying over mesh axes as `lse` is."""
-    axes = tuple(sorted(varying(lse)))
-    zero = jnp.zeros((), dtype)
-    return jax.lax.pcast(zero, axes, to="varying") if axes else zero

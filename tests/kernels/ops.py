@@ -14,6 +14,8 @@ from numpy.random import Generator
 
 import pallas_kernels
 from pallas_kernels import fused_optimizer, norm, quantize
+from pallas_kernels.attention import ATTENTION
+from pallas_kernels.attention import shapes as attention_shapes
 from pallas_kernels.fused_optimizer import ADAMW, LION
 from pallas_kernels.fused_optimizer import shapes as leaf_shapes
 from pallas_kernels.linear_cross_entropy import LOSSES, TOTAL, shapes
@@ -26,16 +28,12 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Row(NamedTuple):
-    """`call(arrays, implementation)` gives what is compared, gradients of float arrays included where there are any.
-
-    unsupported: why no kernel takes the row: it is listed, and held to the refusal.
-    """
+    """`call(arrays, implementation)` gives what is compared, gradients of float arrays included where there are any."""
 
     op: Any
     make: Callable[[Generator], dict[str, np.ndarray]]
     call: Callable[..., Any]  # (implementation, **arrays) -> arrays
     is_differentiable: bool = True
-    unsupported: str = ""
 
 
 def heads(name: str, **options: Any) -> dict[str, Row]:
@@ -78,7 +76,7 @@ def norms(name: str, *, centred: bool, has_residual: bool) -> dict[str, Row]:
     return {said: Row(NORM, make, call)}
 
 
-def quantizers(name: str, format: str, *, seed: int | None = None, unsupported: str = "") -> dict[str, Row]:
+def quantizers(name: str, format: str, *, seed: int | None = None) -> dict[str, Row]:
     """Values after both ways, scales and what is left over; and the way back alone."""
     shape = block_shapes.TWINS[name]
 
@@ -96,11 +94,11 @@ def quantizers(name: str, format: str, *, seed: int | None = None, unsupported: 
         return quantize.dequantize(codes, scales, format, size=shape[-1], dtype=x.dtype, implementation=implementation)
 
     said = f"{format} {name}{f' seed={seed}' * (seed is not None)}"
-    rows = {f"quantize {said}": Row(QUANTIZE, make, there, False, unsupported)}
-    return rows if seed is not None else {**rows, f"dequantize {said}": Row(DEQUANTIZE, make, back, False, unsupported)}
+    rows = {f"quantize {said}": Row(QUANTIZE, make, there, False)}
+    return rows if seed is not None else {**rows, f"dequantize {said}": Row(DEQUANTIZE, make, back, False)}
 
 
-def optimizers(rule: str, name: str, *, returns: str = "updates", unsupported: str = "") -> dict[str, Row]:
+def optimizers(rule: str, name: str, *, returns: str = "updates") -> dict[str, Row]:
     """Leaves of one twin, moments in the dtype under test, the gradient scaled."""
     twin, op = leaf_shapes.TWINS[name], {"adamw": ADAMW, "lion": LION}[rule]
     names = ("param", "grad", "first", "second")[: 4 if rule == "adamw" else 3]
@@ -122,9 +120,33 @@ def optimizers(rule: str, name: str, *, returns: str = "updates", unsupported: s
         found = update(leaves, rate=0.01, count=7, factor=0.25, decay=0.1, returns=returns, implementation=implementation)
         return [(one.value, one.moments) for one in found]
 
-    return {f"{rule} {name} {returns}": Row(op, make, call, False, unsupported)}
+    return {f"{rule} {name} {returns}": Row(op, make, call, False)}
 
 
+def attentions(name: str, length: int, *, segments: int = 0, head_dim: int = 8, **options: Any) -> dict[str, Row]:
+    """`segments`: 1, each place has one; 2, keys have their own, so that some queries see no key. Blocks of five places."""
+    twin = attention_shapes.SHAPES[name].twin(length)
+    settings = {"sliding_window": twin.sliding_window, "soft_cap": twin.soft_cap and 3.0, **options}
+
+    def make(random: Generator) -> dict[str, np.ndarray]:
+        heads = {"q": twin.num_heads, "k": twin.num_kv_heads, "v": twin.num_kv_heads}
+        found = {key: random.normal(size=(twin.batch, length, num, head_dim)) for key, num in heads.items()}
+        for key in ("segment_ids", "kv_segment_ids")[:segments]:
+            found[key] = np.sort(random.integers(0, 3, (twin.batch, length)), axis=1) + (key == "kv_segment_ids")
+        return found
+
+    def call(implementation: str, **arrays: Any) -> Any:
+        more = {"chunk": 5} if implementation == "chunked" else {}
+        found = pallas_kernels.attention(**arrays, **settings, **more, implementation=implementation)
+        return jax.tree.map(lambda part: jnp.where(jnp.isinf(part), 0.0, part), found)  # the log-sum-exp of no key
+
+    said = ",".join(f"{key}={value}" for key, value in {"length": length, "segments": segments, **options}.items())
+    return {f"attention {name} {said}": Row(ATTENTION, make, call)}
+
+
+ROWS_OF_ODD_LENGTH = (
+    "gpt2-124m length=17", "llama-8b length=20", "mixtral-8x7b length=23", "gemma-2-9b length=13", "llama-70b length=11",
+)  # fmt: skip
 ROWS: dict[str, Row] = {
     **heads("gpt2-124m"),
     **heads("llama-8b", label_smoothing=0.1),
@@ -146,20 +168,46 @@ ROWS: dict[str, Row] = {
     **quantizers("one block", "float8_e5m2", seed=6),
     **quantizers("one block", "dynamic"),
     **quantizers("one block", "dynamic_unsigned"),
-    **quantizers("odd", "int8", seed=7, unsupported="whole blocks of 256"),
-    **quantizers("odd", "int4", unsupported="whole blocks of 256"),
+    **quantizers("odd", "int8", seed=7),
+    **quantizers("odd", "int4"),
     **optimizers("adamw", "one block"),
     **optimizers("adamw", "matrix", returns="params"),
     **optimizers("adamw", "bucket"),
     **optimizers("lion", "one block"),
     **optimizers("lion", "matrix", returns="params"),
     **optimizers("lion", "bucket"),
+    **attentions("gpt2-124m", 17, causal=False),
+    **attentions("llama-8b", 20, segments=1),
+    **attentions("mixtral-8x7b", 23),
+    **attentions("gemma-2-9b", 13, segments=1, causal=False, return_lse=True),
+    **attentions("llama-70b", 11, segments=2, causal=False, return_lse=True),
+    **attentions("llama-8b", 256, segments=1, head_dim=64),
+    **attentions("gemma-2-9b", 128, head_dim=128),
+    **attentions("gpt2-124m", 128, causal=False, head_dim=64),
+}
+
+
+# Rows that an implementation says it cannot do, or that no CPU can interpret: (implementation, row's beginning) -> why.
+CANNOT = {
+    ("cudnn", "attention"): "runs on a GPU",
+    **{
+        (kernel, f"{row} odd"): "whole blocks of 256"
+        for kernel in ("mosaic_gpu", "mosaic_tpu")
+        for row in ("quantize int8", "quantize int4", "dequantize int4")
+    },
+    **{("splash", f"attention {row}"): "multiples of 128" for row in ROWS_OF_ODD_LENGTH},
 }
 
 
 def cases() -> list[tuple[str, str]]:
     """(row, implementation) of everything but references."""
     return [(name, one) for name, row in ROWS.items() for one in row.op.table if one != row.op.reference]
+
+
+def why_not(name: str, implementation: str) -> str | None:
+    """Why an implementation cannot run a row here, as it is listed."""
+    found = [why for (one, row), why in CANNOT.items() if one == implementation and name.startswith(row)]
+    return found[0] if found else None
 
 
 def is_real(array: Any) -> bool:

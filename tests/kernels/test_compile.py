@@ -10,7 +10,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import jzero
 import pallas_kernels
-from pallas_kernels import fused_optimizer, norm, quantize
+from pallas_kernels import dispatch, fused_optimizer, norm, quantize
+from pallas_kernels.attention import shapes as attention_shapes
 from pallas_kernels.fused_optimizer import shapes as leaf_shapes
 from pallas_kernels.norm import shapes
 from pallas_kernels.quantize import shapes as block_shapes
@@ -20,6 +21,11 @@ TARGETS = {
     "v5e:2x2": "mosaic_tpu", "v5p:2x2x1": "mosaic_tpu", "v6e:2x2": "mosaic_tpu", "tpu7x:2x2x1": "mosaic_tpu",
     "h100:1x1": "mosaic_gpu",
 }  # fmt: skip
+ATTENTION_TARGETS = (
+    *((target, "splash") for target in TARGETS if not target.startswith("h100")), *((target, "chunked") for target in TARGETS),
+    ("h100:1x1", "cudnn"),
+)  # fmt: skip
+ATTENTION_QUICK = {("v5e:2x2", "splash", "gpt2-124m"), ("h100:1x1", "cudnn", "llama-8b")}
 QUICK = {("v5e:2x2", "llama-8b", True), ("h100:1x1", "llama-8b", True)}
 UNSUPPORTED = {"gpt2-1.5b": "multiple of 128"}  # shape -> why no kernel takes it: listed, not left out
 
@@ -147,3 +153,49 @@ def test_optimizers_compile(target, rule, name, moments):
     text = compile_for(target, flat, *args, donate=range(2 + len(leaves), len(args))).as_text()
     small = [shape for shape in leaves if jnp.prod(jnp.array(shape)) < 2**16]
     assert num_kernels(target, text) == len(leaves) - len(small) + bool(small)  # small ones share a launch
+
+
+def attention_cases():
+    for target, implementation in ATTENTION_TARGETS:
+        for name in attention_shapes.SHAPES:
+            quick = (target, implementation, name) in ATTENTION_QUICK
+            yield pytest.param(target, implementation, name, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.fixture
+def cudnn_described(monkeypatch):
+    """JAX asks the tracing machine's GPU for its cuDNN; here a described one answers. XLA needs no cuDNN to compile."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("target", "implementation", "name"), list(attention_cases()))
+def test_attention_compiles(target, implementation, name, cudnn_described):
+    """Value and gradients in bfloat16; the kernels are there, and no scores are kept."""
+    shape = attention_shapes.SHAPES[name]
+    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.num_heads)
+    args = [((shape.batch, shape.length, num, shape.head_dim), jnp.bfloat16) for num in heads]
+    options = {"sliding_window": shape.sliding_window, "soft_cap": shape.soft_cap, "implementation": implementation}
+
+    def gradient(q, k, v, g):
+        value, pull = jax.vjp(lambda *parts: pallas_kernels.attention(*parts, **options), q, k, v)
+        return value, pull(g)
+
+    if implementation == "cudnn" and shape.soft_cap is not None:
+        with pytest.raises(NotImplementedError, match="no soft cap"):
+            compile_for(target, gradient, *args)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_is_local", lambda: True)  # one device is described, and nothing is split
+        compiled = compile_for(target, gradient, *args)
+    text = compiled.as_text()
+    kernels = {"splash": ("tpu_custom_call", 3), "cudnn": ("__cudnn$fmha", 2), "chunked": ("", 0)}
+    target_name, number = kernels[implementation]
+    assert not number or text.count(f'custom_call_target="{target_name}') == number
+    scores = 4 * shape.batch * shape.num_heads * shape.length**2
+    if shape.length >= 8192:
+        assert compiled.memory_analysis().temp_size_in_bytes < 0.25 * scores

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels
-from pallas_kernels import norm
+from pallas_kernels import fused_optimizer, norm
 
 X, W, TARGETS = jnp.ones((2, 8, 128)), jnp.ones((128, 16)), jnp.zeros((2, 8), int)
 H100 = "NVIDIA H100 80GB HBM3"
@@ -66,3 +66,13 @@ def test_a_name_insists():
 def test_shapes_that_disagree_are_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_on_one_device_nothing_is_split():
+    """A kernel that a partitioner would gather for is refused for that reason on two devices, and not on one."""
+    w = jnp.ones((8, 128))
+    for num_devices, is_split in ((2, True), (1, False)):
+        with pallas_kernels.target(H100, num_devices), pallas_kernels.recording() as choices:
+            fused_optimizer.adamw([fused_optimizer.Leaf(w, w, (w, w))], rate=0.1, count=1, bucket_below=0)
+        assert ("may be split over devices" in choices[0].reason) == is_split
+        assert ("never run on a NVIDIA H100" in choices[0].reason) != is_split

@@ -12,11 +12,12 @@ import pallas_kernels
 from jzero import models
 from jzero.engine import compiler
 
+# name -> the head, attention, and what is around
 LOSSES = {
-    "plain": ("plain", None),
-    "all off": ("auto", pallas_kernels.disabled()),
-    "auto": ("auto", None),
-    "chunked": ("chunked", None),
+    "plain": ("plain", None, contextlib.nullcontext),
+    "all off": ("auto", None, pallas_kernels.disabled),
+    "auto": ("auto", None, contextlib.nullcontext),
+    "all on": ("chunked", "chunked", contextlib.nullcontext),
 }
 
 
@@ -27,16 +28,17 @@ def quick_compiles(monkeypatch):
     monkeypatch.setattr(compiler, "options", lambda mesh: {**needed(mesh), "xla_backend_optimization_level": "0"})
 
 
-def build(loss):
-    model = models.build("gpt2-tiny", num_layers=1, dim=96, num_heads=3, vocab_size=250, padded_vocab_size=264, loss=loss)
+def build(loss, attention=None):
+    sizes = {"num_layers": 1, "dim": 96, "num_heads": 3, "vocab_size": 250, "padded_vocab_size": 264}
+    model = models.build("gpt2-tiny", **sizes, loss=loss, attention=attention)
     return model, jzero.make_train_step(model.loss, optax.adamw(1e-2))
 
 
-def curve(params, loss, context):
+def curve(params, loss, attention, context):
     """Losses of a few steps on one text, and the step's report."""
     text = np.frombuffer(jzero.__doc__.encode() * 40, np.uint8)[: 3 * 8 * 33].reshape(3, 8, 33).astype(np.int32)
-    with context or contextlib.nullcontext():
-        own = build(loss)[1]
+    with context():
+        own = build(loss, attention)[1]
         step = jzero.shard(own, stage=3)
         state = step.place(own.init(params))
         report = step.report(state, text[0])
@@ -57,20 +59,27 @@ def test_the_loss_curve_is_the_same_with_kernels_and_without():
         np.testing.assert_allclose(losses, wanted, rtol=2e-3)  # Adam amplifies the rounding of a different order of sums
         np.testing.assert_allclose(losses[0], wanted[0], rtol=1e-6)
     said = {
-        name: [(row["implementation"], row["reason"], row["calls"]) for row in report.kernels]
+        name: {row["op"]: (row["implementation"], row["reason"], row["calls"]) for row in report.kernels}
         for name, (_, report) in curves.items()
     }
+    unnamed = (
+        "plain",
+        "not cudnn: it runs on a GPU, and this is for cpu; not splash: it runs on a TPU, and this is for cpu",
+        1,
+    )
+    head, named = "linear_cross_entropy_sum", ("chunked", "named by the caller", 1)
     assert said == {
-        "all off": [("reference", "kernels are disabled", 1)],
-        "plain": [],
-        "auto": [("fused", "preferred here", 1)],
-        "chunked": [("chunked", "named by the caller", 1)],
+        "plain": {"attention": unnamed},
+        "all off": {"attention": ("plain", "kernels are disabled", 1), head: ("reference", "kernels are disabled", 1)},
+        "auto": {"attention": unnamed, head: ("fused", "preferred here", 1)},
+        "all on": {"attention": named, head: named},
     }
     assert curves.pop("plain")[1].engine == "composed"
     for _, report in curves.values():
         assert report.engine == "composed"
         assert "linear_cross_entropy_sum" in str(report)
-        assert report.to_dict()["kernels"][0]["arrays"][0] == "float32[1,32,96]"  # one shard's
+        shapes = {row["op"]: row["arrays"][0] for row in report.to_dict()["kernels"]}
+        assert shapes == {"attention": "float32[1,32,3,32]", "linear_cross_entropy_sum": "float32[1,32,96]"}  # one shard's
 
 
 @pytest.mark.slow

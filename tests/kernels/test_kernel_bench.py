@@ -37,7 +37,7 @@ def test_what_is_not_known_is_suggested(words, hint, capsys):
 
 def test_every_shape_has_a_case():
     assert {op for op, _ in cases(tiny=True, dtype="float32")} == {
-        "norm", "linear_cross_entropy_sum", "quantize", "fused_adamw", "fused_lion",
+        "attention", "norm", "linear_cross_entropy_sum", "quantize", "fused_adamw", "fused_lion",
     }  # fmt: skip
     for case in cases(tiny=False, dtype="bfloat16").values():
         assert case.num_bytes > 0
