@@ -18,6 +18,15 @@ compiled: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect():
+    """What a worker has gathered by now is looked through at every collection otherwise, for seconds each."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_a_mistake_is_explained_before_anything_happens(name):
     bad = TABLE[name]()

@@ -33,6 +33,7 @@ from engine_losses import (
     plain_mean,
     summed_up,
     weighted,
+    weighted_by_the_parameters,
     weighted_unalike,
     with_penalty,
 )
@@ -92,14 +93,19 @@ def line_of(loss: Callable[..., Any]) -> str:
     return f"{Path(inspect.getsourcefile(loss)).name}:{(marked or [start])[0]}"
 
 
-ACCUMULATED = [
-    loss for loss in MANUAL if loss not in (summed_up, mapped, label_smoothed, with_penalty, load_balancing_over_the_batch)
-]  # they have neighbours
+LATER = (summed_up, mapped, label_smoothed, with_penalty, load_balancing_over_the_batch)  # they have neighbours
+QUICK_ACCUMULATED = (plain_mean, weighted, weighted_by_the_parameters)
+
+
+def accumulated():
+    """In microbatches too; in `make test` a few."""
+    kept = [loss for loss in MANUAL if loss not in LATER]
+    return [pytest.param(loss, 2, marks=[pytest.mark.slow] * (loss not in QUICK_ACCUMULATED)) for loss in kept]
 
 
 @pytest.mark.parametrize(
     ("loss", "accumulate"),
-    [*itertools.product(MANUAL, [1]), *itertools.product(ACCUMULATED, [2])],
+    [*itertools.product(MANUAL, [1]), *accumulated()],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_manual_where_examples_meet_in_the_final_mean_alone(loss, accumulate):

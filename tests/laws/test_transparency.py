@@ -149,7 +149,22 @@ def check_loss(name: str, way: Way, expected: Expected) -> None:
     assert_within(actual, expected.values, expected.allowed, f"{name}, {way}")
 
 
-@pytest.mark.parametrize("name", programs.LOSSES)
+# What they cross, a neighbour of theirs does too; `make test-all` runs them all.
+SLOW = (
+    "remat_nothing", "remat_dots_no_batch", "remat_only_names", "remat_offloadless", "remat_any_names_but", "gradient_of_remat",
+    "linear_systems", "sorted_parameters", "constraints_in_loops", "constraint_on_both_axes", "constraint_on_another_axis",
+    "transposed_and_split", "complex_numbers", "cond_in_scan", "reversed_and_unrolled_scan", "nested_scans", "outer_powers",
+    "strided_slices", "layers_stacked_again", "directional_derivative", "bfloat16_inside", "slices_beside_the_split_dim",
+    "fori_loop_over_layers", "parameters_swapped_in_the_carry", "scanned_leaf_also_outside", "own_custom_vjp_in_scan",
+)  # fmt: skip
+
+
+def losses():
+    assert set(SLOW) <= set(programs.LOSSES)
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in programs.LOSSES]
+
+
+@pytest.mark.parametrize("name", losses())
 def test_a_loss(name):
     expected = gradient_of(name)
     for way in ways(name)[0]:
