@@ -11,7 +11,7 @@ from pallas_kernels._errors import explain, short
 from pallas_kernels.attention import chunked, cudnn, reference, splash
 from pallas_kernels.dispatch import Call, Implementation, Op
 
-LARGE_BYTES = 16 * 2**30  # of one example's float32 scores: from there on they are made block by block
+LARGE_BYTES = 4 * 2**30  # of one example's float32 scores: from there on they are made block by block
 
 
 def _large(call: Call) -> str | None:
