@@ -84,13 +84,17 @@ def placed(folder, num_leaves):
 
 def step(tier, leaves, number, per_bucket=2):
     """What a step does to its moments, without an update: they are fetched and put back as they are."""
+    from jzero.offload.tier import Trip
+
     buckets = [leaves[at : at + per_bucket] for at in range(0, len(leaves), per_bucket)]
-    tier.begin(number, buckets)
-    arriving, after = [tier.fetch(bucket, None) for bucket in buckets[:2]], []
-    for at, bucket in enumerate(buckets):
-        after += tier.put_back(bucket, arriving[at].result()).result()
+    trips = [Trip(bucket, bucket) for bucket in buckets]
+    tier.begin(number, trips)
+    arriving, after = [tier.fetch(trip, None) for trip in trips[:2]], []
+    for at, trip in enumerate(trips):
+        after += tier.put_back(trip, arriving[at].result()).result()
         arriving[at] = None
-        arriving += [tier.fetch(buckets[at + 2], None)] if at + 2 < len(buckets) else []
+        arriving += [tier.fetch(trips[at + 2], None)] if at + 2 < len(trips) else []
+    tier.settle()
     tier.end()
     return after
 
