@@ -1,9 +1,9 @@
 """What a place must be able to do to hold a part of the state: the seam between the step's driver and where leaves rest.
 
 A step with offload is several programs. The first computes the gradient and whatever the update needs of all leaves
-together; it never sees the leaves that rest elsewhere, parameters apart: those in host memory it fetches itself, those in files are
-brought before it. Then the driver (`jzero/offload/stream.py`) walks the buckets, a bucket being some leaves of the state that
-are updated together. A `Trip` is what one place has of a bucket, or of what is brought:
+together; it never sees the leaves that rest elsewhere, parameters apart: those in host memory it fetches itself, those in files
+are brought before it. Then the driver (`jzero/offload/stream.py`) walks the buckets, a bucket being some leaves of the state
+that are updated together. A `Trip` is what one place has of a bucket, or of what is brought:
 
     tier.begin(step, trips)                       before the first fetch, with every trip of the step, in order
     arriving = tier.fetch(trip, shardings)        returns at once; called for bucket i + 1 while bucket i is computed
