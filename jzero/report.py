@@ -81,7 +81,9 @@ class Report:
         largest = human(max((bucket["moved_bytes"] for bucket in buckets), default=0))
         moved = human(self.offload["moved_bytes"])
         brought = f"{human(self.offload['brought_bytes'])} brought from files first; " if self.offload["brought_bytes"] else ""
-        return f"State at rest: {at_rest}; {brought}updated in {len(buckets)} buckets of up to {largest}, {moved} a step each way"
+        return (
+            f"State at rest: {at_rest}; {brought}updated in {len(buckets)} buckets of up to {largest}, {moved} a step each way"
+        )
 
     def buffer_table(self, most: int = 10) -> str:
         """The largest temporaries alive when most are, and the line of code that made each."""

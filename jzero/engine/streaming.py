@@ -16,6 +16,7 @@ from jzero.engine.layout import Layout, Options
 from jzero.engine.offloaded import Carried, Update
 from jzero.engine.programs import Program
 from jzero.engine.statics import Statics
+from jzero.offload.asked import NVME
 from jzero.offload.stream import Leaves, Stream
 from jzero.report import Report
 from jzero.step import TrainStep
@@ -144,6 +145,8 @@ def report(program: StreamedProgram, found: Report) -> Report:
     pairs = [sum(row["held_bytes"] for row in buckets[at : at + 2]) for at in range(len(buckets))]
     first = bringing.brought_bytes + found.temp_bytes + grads + (pairs[0] if pairs else 0)
     shard = lambda index: audit.shard_bytes(layout.avals[index], layout.on_device[index])
+    in_files = [index for index, place in enumerate(layout.places) if place and place.kind == NVME]
+    frozen = {index for index, trains in enumerate(plan.mask) if not trains}  # parameters come first in a TrainState
     held = sum(map(shard, plan.held)) + (sum(map(shard, beside)) if program.keeps else 0)
     updates = [held + grads + pair + row["temp_bytes"] for pair, row in zip(pairs, buckets, strict=True)]
     temp = max(first, *updates)
@@ -153,6 +156,7 @@ def report(program: StreamedProgram, found: Report) -> Report:
         "bucket_bytes": plan.bucket_bytes,
         "buckets": buckets,
         "moved_bytes": sum(row["moved_bytes"] for row in buckets),
+        "file_bytes": sum(shard(index) * (1 if index in frozen else 2) for index in in_files),
         "brought_bytes": bringing.read_bytes,
         "brought_in": len(bringing.groups),
         "held_bytes": sum(map(shard, plan.held)),
