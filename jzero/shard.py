@@ -141,9 +141,16 @@ class ShardedStep:
         return statics.merge(self.known[0].tree)
 
     def lower(self, state: Any, *batch: Any) -> jax.stages.Lowered:
-        """The step lowered for these shapes, compiled or not; works on a mesh of devices that are only described."""
+        """The step lowered for these shapes, compiled or not; works on a mesh of devices that are only described.
+
+        Of a step whose state rests off the device, the gradient program: `report` has the others.
+        """
         arrays, statics = split_statics(state)
-        return programs.lower(self.fn, self._options, self._layout(arrays), statics, batch)[0]
+        placed = self._layout(arrays)
+        if self._options.moves_state:
+            assert isinstance(self.fn, TrainStep)
+            return streaming.lower(self.fn, self._plan(placed), self._options, statics, batch)[0]
+        return programs.lower(self.fn, self._options, placed, statics, batch)[0]
 
     def report(self, state: Any, *batch: Any) -> Report:
         """What the compiled step needs and moves, measured beside the stage's formula. Compiles if it must; runs nothing."""

@@ -12,7 +12,7 @@ from jzero._tree import num_bytes
 from jzero.engine import offloaded, programs, reporting
 from jzero.engine.bringing import Bringing
 from jzero.engine.by_slices import SlicedProgram
-from jzero.engine.layout import Layout, Options
+from jzero.engine.layout import Layout, Options, Trace
 from jzero.engine.offloaded import Carried, Update
 from jzero.engine.programs import Program
 from jzero.engine.statics import Statics
@@ -28,9 +28,8 @@ class StreamedProgram(Program):
     def __init__(
         self, fn: TrainStep, plan: Update, options: Options, placed: Layout, statics: Statics, batch: tuple[Any, ...]
     ):  # fmt: skip
-        step = offloaded.gradient_step(fn, plan)
-        self.keeps = any(one.can_fail for one in options.tiers.values())  # the state that came in, until all is well
-        lowered, trace = programs.lower(step, options, plan.rest_layout, statics, batch, keeps_params=self.keeps)
+        self.keeps = keeps(options)
+        lowered, trace = lower(fn, plan, options, statics, batch)
         super().__init__(placed, statics, lowered, trace)
         self.own_layout, self.plan, self.options = plan.rest_layout, plan, options
         self.skips = fn.skip_nonfinite
@@ -110,6 +109,17 @@ class StreamedProgram(Program):
             return new
 
         return update
+
+
+def keeps(options: Options) -> bool:
+    """Whether the state that came in stays until all is well."""
+    return any(one.can_fail for one in options.tiers.values())
+
+
+def lower(fn: TrainStep, plan: Update, options: Options, statics: Statics, batch: tuple[Any, ...]) -> tuple[Any, Trace]:
+    """The gradient program, lowered."""
+    step = offloaded.gradient_step(fn, plan)
+    return programs.lower(step, options, plan.rest_layout, statics, batch, keeps_params=keeps(options))
 
 
 def _let_go(old: list[Any], new: dict[int, Any]) -> None:
