@@ -94,7 +94,8 @@ class StreamedProgram(Program):
         def update(number: int, leaves: list[jax.Array]) -> list[jax.Array]:
             program, index = self.rounds[number]
             grads = [carried.grads[at] for at in program.param_at]
-            values = (carried.scales, carried.shared, carried.early, *([np.int32(index)] * (program.num_rounds > 1)))
+            round_of: list[Any] = [np.int32(index)] if program.num_rounds > 1 else []
+            values = (carried.scales, carried.shared, carried.early, *round_of)
             if program.num_rounds > 1 and not program.params_travel:
                 own = [here[at] for at in program.bucket.params]
                 in_work[program], new = program.compiled(own, leaves, in_work.get(program, grads), *values)

@@ -121,8 +121,8 @@ class Job(NamedTuple):
         offload = self.offload
         if offload is not None:
             folder = f"{NVME}:swap"
-            named = dict.fromkeys(_in_files(offload), folder)
-            offload = Offload(**names.fields_of(offload) | named)
+            fields: dict[str, Any] = names.fields_of(offload) | dict.fromkeys(_in_files(offload), folder)
+            offload = Offload(**fields)
         return self._replace(host_memory=None, disk=None, disk_bandwidth=None, offload=offload).to_dict()
 
 

@@ -117,6 +117,7 @@ def test_parameters_that_do_not_train_are_read_and_never_written(tmp_path, moved
         step(state, batch())
 
 
+@pytest.mark.slow
 def test_a_skipped_step_writes_nothing(tmp_path, moved):
     step = make_step(tmp_path / "swap", precision="fp16")
     state, _ = train(step, make_state(step), 1)
@@ -131,7 +132,7 @@ def test_a_skipped_step_writes_nothing(tmp_path, moved):
     assert not bool(metrics["skipped"])
 
 
-@pytest.mark.parametrize("opt_state", ["same", None, pytest.param("host", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("opt_state", [None, *(pytest.param(one, marks=pytest.mark.slow) for one in ("same", "host"))])
 def test_a_step_that_fails_leaves_the_state_of_the_last(tmp_path, small_files, opt_state):
     """A disk that is full in the middle of a step; moments may rest on the device or in host memory beside the files."""
     import resource
@@ -284,14 +285,15 @@ def test_a_leaf_larger_than_a_bucket_comes_and_goes_by_rows(tmp_path, precision)
     state.params["layers"].swap.verify()
 
 
-def test_the_report_says_what_comes_and_what_stays(tmp_path):
-    for precision, held in (("fp32", 4), ("bf16", 0)):
-        step = make_step(tmp_path / "swap", precision=precision)
-        report = step.report(jax.eval_shape(lambda step=step: step.fn.init(make_params())), batch())
-        assert report.bytes_at_rest["params"] == {"measured": 0, "formula": 0}
-        assert {row["memory"] for row in report.leaves if row["role"] == "params"} == {f"nvme:{tmp_path / 'swap'}"}
-        per_device = 4 * LEAF_BYTES // 8
-        assert report.offload["at_rest"][f"nvme:{tmp_path / 'swap'}"] == 3 * per_device
-        assert (report.offload["brought_bytes"], report.offload["moved_bytes"]) == (per_device, 3 * per_device)
-        assert report.offload["held_bytes"] == held * per_device // 4
-        assert "brought from files" in str(report)
+@pytest.mark.parametrize(("precision", "held"), [("bf16", 0), pytest.param("fp32", 4, marks=pytest.mark.slow)])
+def test_the_report_says_what_comes_and_what_stays(tmp_path, precision, held):
+    step, where = make_step(tmp_path / "swap", precision=precision), f"nvme:{tmp_path / 'swap'}"
+    report = step.report(jax.eval_shape(lambda: step.fn.init(make_params())), batch())
+    assert report.bytes_at_rest["params"] == {"measured": 0, "formula": 0}
+    assert {row["memory"] for row in report.leaves if row["role"] == "params"} == {where}
+    per_device = 4 * LEAF_BYTES // 8
+    assert report.offload["at_rest"][where] == 3 * per_device
+    assert (report.offload["brought_bytes"], report.offload["moved_bytes"]) == (per_device, 3 * per_device)
+    assert report.offload["held_bytes"] == held * per_device // 4
+    assert report.offload["file_bytes"] == 6 * per_device
+    assert "brought from files" in str(report)

@@ -46,7 +46,7 @@ class Load:
         self.trip, self.lane = trip, lane
         every = trip.goes or trip.comes
         views = iter(lane.cut([size for leaf in every for _, _, size in leaf.extents]))
-        rows = {_key(leaf): [Extent(*extent, next(views)) for extent in leaf.extents] for leaf in every}
+        rows = {_key(leaf): [Extent(file, start, size, next(views)) for file, start, size in leaf.extents] for leaf in every}
         self.coming = [rows[_key(leaf)] for leaf in trip.comes]
         self.going = [rows[_key(leaf)] for leaf in trip.goes]
         self.reads: list[Future[None]] = []
