@@ -2,8 +2,8 @@
 
 Read off the buffer assignments and schedules of compiled programs (docs/log.md). Four moments compete: the head's gradient,
 one layer's backward pass inside attention ("backward") and outside ("layer"), and the update. What surprises is that the first
-overlaps with the next two on GPUs: the compiler leaves the head's weight gradient for later, so the gradient of the logits waits
-through the backward pass of the layers.
+overlaps with the next two on GPUs: the compiler leaves the head's weight gradient for later, so the gradient of the logits
+waits through the backward pass of the layers.
 """
 
 from collections.abc import Sequence

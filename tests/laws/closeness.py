@@ -53,12 +53,16 @@ def assert_same_others(actual, expected, what):
     assert not different, f"{what}: {different} differ"
 
 
-def assert_no_worse(actual, expected, exact, group=None):
-    """Errors against float32 beside the unsharded run's `expected`, leaf by leaf or, by `group(path)`, in groups of leaves."""
+def assert_no_worse(actual, expected, exact, group=None, least=None):
+    """Errors against float32 beside the unsharded run's `expected`, leaf by leaf or, by `group(path)`, in groups of leaves.
+
+    `least`: group -> an error that is fair whatever the unsharded run's happens to be.
+    """
     group = group or (lambda path: path)
     allowed, found = collections.Counter(), collections.Counter()
     for errors, total in ((gaps(expected, exact), allowed), (gaps(actual, exact), found)):
         for path, error in errors.items():
             total[group(path)] += error**2
-    wrong = {name: (found[name], allowed[name]) for name in found if found[name] > LOW_PRECISION**2 * allowed[name]}
+    limits = {name: max(LOW_PRECISION**2 * allowed[name], (least or {}).get(name, 0.0) ** 2) for name in found}
+    wrong = {name: (found[name], allowed[name]) for name in found if found[name] > limits[name]}
     assert not wrong, f"squared errors against float32, sharded and unsharded: {wrong}"
