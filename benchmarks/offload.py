@@ -1,6 +1,6 @@
 """What the NVMe tier moves, and in how much memory.
 
-    python benchmarks/offload.py [--mb 1024] [--repeats 5] [--folder DIR] [--json FILE]
+    python benchmarks/offload.py [--claims rate,memory,training] [--mb 1024] [--repeats 5] [--folder DIR] [--json FILE]
 
 Three claims, each in fresh processes on one CPU device and one local disk:
     rate      bytes per second of a step's traffic (checksums, headers, fsync and commit included) over those of two `dd` with
@@ -10,10 +10,12 @@ Three claims, each in fresh processes on one CPU device and one local disk:
               1.10
     training  AdamW with moments of four pools: losses as with moments in memory, and the growth of resident memory beyond that
               of SGD without moments on the same model, over the pool and the two buckets that the device holds (here the
-              device's memory is the process's): at most 1.10
+              device's memory is the process's): at most 1.10. The same with parameters in files too; and between two steps
+              what is resident beyond SGD's and without its parameters, over the pool: at most 1.10, for nothing else is there
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -29,6 +31,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 LEAF_BYTES = 2**24
 NUM_LEAVES = 16  # of the model that trains
+KINDS = ("sgd", "adamw", "nvme", "files")  # on the device; with moments in files; with parameters there too
+BUCKETS = {"nvme": 2, "files": 3}  # arrays of a leaf that lie in files, all of which make a bucket
 
 
 def main():
@@ -37,6 +41,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the system's for temporary files")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--claims", default="rate,memory,training")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -48,11 +53,13 @@ def main():
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         run = lambda part: in_fresh_process(part, folder, options)
-        rate, memory = run("rate"), run("memory")
-        runs = {part: run(part) for part in ("sgd", "adamw", "nvme")}
+        chosen = options.claims.split(",")
+        found = {claim: run(claim) for claim in ("rate", "memory") if claim in chosen}
+        if "training" in chosen:
+            found["training"] = training({part: run(part) for part in KINDS})
     finally:
         shutil.rmtree(folder)
-    found = {"rate": rate, "memory": memory, "training": training(runs), "mb": options.mb, **machine()}
+    found |= {"mb": options.mb, **machine()}
     print(json.dumps(found, indent=1))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -84,13 +91,17 @@ def placed(folder, num_leaves):
 
 def step(tier, leaves, number, per_bucket=2):
     """What a step does to its moments, without an update: they are fetched and put back as they are."""
+    from jzero.offload.tier import Trip
+
     buckets = [leaves[at : at + per_bucket] for at in range(0, len(leaves), per_bucket)]
-    tier.begin(number, buckets)
-    arriving, after = [tier.fetch(bucket, None) for bucket in buckets[:2]], []
-    for at, bucket in enumerate(buckets):
-        after += tier.put_back(bucket, arriving[at].result()).result()
+    trips = [Trip(bucket, bucket) for bucket in buckets]
+    tier.begin(number, trips)
+    arriving, after = [tier.fetch(trip, None) for trip in trips[:2]], []
+    for at, trip in enumerate(trips):
+        after += tier.put_back(trip, arriving[at].result()).result()
         arriving[at] = None
-        arriving += [tier.fetch(buckets[at + 2], None)] if at + 2 < len(buckets) else []
+        arriving += [tier.fetch(trips[at + 2], None)] if at + 2 < len(trips) else []
+    tier.settle()
     tier.end()
     return after
 
@@ -178,8 +189,10 @@ def train(options, kind):
         return jnp.mean((x - 0.5) ** 2)
 
     tx = optax.sgd(1e-3) if kind == "sgd" else optax.adamw(1e-4)
-    where = f"nvme:{options.folder / 'swap'}"
-    offload = jzero.Offload(opt_state=where, bucket_bytes=2 * LEAF_BYTES) if kind == "nvme" else None
+    where, offload = f"nvme:{options.folder / 'swap'}", None
+    if kind in BUCKETS:
+        params = where if kind == "files" else None
+        offload = jzero.Offload(opt_state=where, params=params, bucket_bytes=BUCKETS[kind] * LEAF_BYTES)
     train_step = jzero.make_train_step(loss, tx)
     one = jzero.shard(train_step, stage=3, mesh=jzero.make_mesh(devices=jax.devices()[:1]), offload=offload)
 
@@ -195,20 +208,33 @@ def train(options, kind):
         losses.append(float(metrics["loss"]))
         if i == 1:
             forget_peak()
-    pool = one.report(state, x).offload["places"][where]["pool_bytes"] if kind == "nvme" else None
-    return {"losses": losses, "growth_bytes": resident_bytes("VmHWM") - before, "pool_bytes": pool}
+    del metrics
+    gc.collect()
+    growth, at_rest = resident_bytes("VmHWM") - before, resident_bytes("VmRSS") - before
+    pool = one.report(state, x).offload["places"][where]["pool_bytes"] if offload else None
+    return {"losses": losses, "growth_bytes": growth, "at_rest_bytes": at_rest, "pool_bytes": pool}
 
 
 def training(runs):
-    extra = runs["nvme"]["growth_bytes"] - runs["sgd"]["growth_bytes"]
-    pool, buckets = runs["nvme"]["pool_bytes"], 2 * 2 * LEAF_BYTES
-    apart = max(abs(a / b - 1) for a, b in zip(runs["nvme"]["losses"], runs["adamw"]["losses"], strict=True))
-    moments = 2 * NUM_LEAVES * LEAF_BYTES
-    return {"state_over_pool": moments / pool, "at_most": 1.10,
-            "extra_over_pool_and_buckets": round(extra / (pool + buckets), 3), "extra_bytes": extra,
-            "pool_bytes": pool, "bucket_bytes": buckets // 2, "moment_bytes": moments,
-            "adamw_extra_bytes": runs["adamw"]["growth_bytes"] - runs["sgd"]["growth_bytes"],
-            "largest_relative_loss_difference": apart, "losses": runs["nvme"]["losses"]}  # fmt: skip
+    return {kind: beside(runs, kind) for kind in BUCKETS}
+
+
+def beside(runs, kind):
+    """What one run with files needs beyond SGD on the device, and its losses beside those without files."""
+    own, sgd, adamw = runs[kind], runs["sgd"], runs["adamw"]
+    extra, params = own["growth_bytes"] - sgd["growth_bytes"], NUM_LEAVES * LEAF_BYTES
+    pool, buckets, state = own["pool_bytes"], 2 * BUCKETS[kind] * LEAF_BYTES, BUCKETS[kind] * params
+    apart = max(abs(a / b - 1) for a, b in zip(own["losses"], adamw["losses"], strict=True))
+    found = {"state_over_pool": state / pool, "at_most": 1.10,
+             "extra_over_pool_and_buckets": round(extra / (pool + buckets), 3), "extra_bytes": extra,
+             "pool_bytes": pool, "bucket_bytes": buckets // 2, "bytes_in_files": state,
+             "adamw_extra_bytes": adamw["growth_bytes"] - sgd["growth_bytes"],
+             "largest_relative_loss_difference": apart, "losses": own["losses"]}  # fmt: skip
+    if kind == "files":
+        at_rest = own["at_rest_bytes"] - (sgd["at_rest_bytes"] - params)
+        found |= {"at_rest_over_pool": round(at_rest / pool, 3), "at_rest_bytes": at_rest,
+                  "adamw_at_rest_bytes": adamw["at_rest_bytes"] - (sgd["at_rest_bytes"] - params)}  # fmt: skip
+    return found
 
 
 def resident_bytes(field):
@@ -231,7 +257,7 @@ def machine():
 PARTS = {
     "rate": rate,
     "memory": memory,
-    **{kind: (lambda options, kind=kind: train(options, kind)) for kind in ("sgd", "adamw", "nvme")},
+    **{kind: (lambda options, kind=kind: train(options, kind)) for kind in KINDS},
 }
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ CASES = (
     Case("1 TB host, all state there", "opt_state=host,params=host", 1000 * GB),
     Case("128 GB host, moments on NVMe", "opt_state=nvme:/data/swap", 128 * GB),
     Case("128 GB host, moments on NVMe, parameters in host memory", "opt_state=nvme:/data/swap,params=host", 128 * GB),
+    Case("128 GB host, all state on NVMe", "opt_state=nvme:/data/swap,params=nvme:/data/swap", 128 * GB),
     Case("128 GB host, all state there, bf16-pure", "opt_state=host,params=host", 128 * GB, "bf16-pure"),
 )
 MOMENTS = Case("1 TB host, moments there", "opt_state=host", 1000 * GB)
@@ -64,7 +65,7 @@ def main() -> None:
     claimed = f"{said}, {times_more:.1f} times what the device alone trains"
     parts = {
         "LARGEST": table(NAMES, rows), "SAME": table(NAMES, both), "EIGHT": table(NAMES, same),
-        "ARITHMETIC": arithmetic(largest[CASES[3], 16], largest[CASES[4], 16]),
+        "ARITHMETIC": arithmetic(*(largest[CASES[number], 16] for number in (3, 4, 6))),
         "RATIO16": ratios(alone.model, 16), "RATIO64": ratios(alone.model, 64),
         "CLAIMS": table(("", "claim", "here"), [(*CLAIMS[0], claimed), CLAIMS[1]]),
     }  # fmt: skip
@@ -149,10 +150,10 @@ def row(case: Case, k: int, job: Job) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def arithmetic(host: Job, disk: Job) -> str:
-    """Two rows worked out: what moves over what."""
+def arithmetic(*jobs: Job) -> str:
+    """Some rows worked out: what moves over what."""
     lines: list[str] = []
-    for job in (host, disk):
+    for job in jobs:
         found, has, timed = offloads.away(job), hosts.room_of(job), times(job)
         assert found is not None
         assert job.offload is not None
@@ -160,7 +161,10 @@ def arithmetic(host: Job, disk: Job) -> str:
         lines += [f"**{psi / 1e9:.2f}B, {job.accumulate} microbatches, `{names.said_of(job.offload)}`.**", ""]
         tokens = job.batch * job.seq
         lines.append(f"- gradient: {tokens:,} tokens, {timed.compute_s:.2f} s at 80% of the peak, the forward pass again")
-        if found.fetched:
+        if found.brought:
+            rate = min(has.link, has.disk_bandwidth) / GB
+            lines.append(f"- from files: 4 Psi = {found.fetched / GB:.1f} GB at {rate:.1f} GB/s = {sent.read_s:.2f} s")
+        elif found.fetched:
             lines.append(f"- fetch: 4 Psi = {found.fetched / GB:.1f} GB at {has.link / GB:.1f} GB/s = {sent.fetch_s:.2f} s")
         if found.host_moved:
             each = found.host_moved / psi
@@ -171,8 +175,8 @@ def arithmetic(host: Job, disk: Job) -> str:
         if found.disk_moved:
             rate = has.disk_bandwidth / GB
             lines.append(
-                f"- update: 8 Psi = {found.disk_moved / GB:.1f} GB read and as much written at {rate:.1f} GB/s for both = "
-                f"{2 * found.disk_moved / has.disk_bandwidth:.1f} s, less what fills the pool "
+                f"- update: {found.disk_moved / psi:.0f} Psi = {found.disk_moved / GB:.1f} GB read and as much written at "
+                f"{rate:.1f} GB/s for both = {2 * found.disk_moved / has.disk_bandwidth:.1f} s, less what fills the pool "
                 f"({found.pool / GB:.1f} GB) beside the gradient: {sent.disk_s:.1f} s"
             )
         lines.append(
@@ -196,7 +200,7 @@ CLAIMS = (
     (
         "ZeRO-Infinity (Rajbhandari et al., 2021, arXiv:2104.07857)",
         "1T fine-tuned on one DGX-2: 16 V100s, 1.5 TB of host memory, NVMe",
-        "not reachable: parameters do not rest on NVMe, and gradients stay on the device",
+        "not reachable: gradients, and one working copy of the parameters, stay on the device",
     ),
 )
 TEXT = """# How large a model trains on one H100
@@ -237,9 +241,9 @@ much memory the host has. What is missing, and what each would free:
 - **Gradients that leave as they appear** (to host memory, or into an update of each layer): 4 to 6 bytes. 2 remain: 38B
   in 1 TB, which 12 bytes of state and 4 of gradients on the host allow.
 - **Parameters fetched layer by layer**: the bf16 copy too. Then activations are the limit.
-- **Parameters on NVMe** are an error today (every step reads them), so with a drive alone parameters stay on the device.
 - **Moments on NVMe beside parameters in host memory** go whole leaf by whole leaf, not in slices (`by_slices.py` slices only
-  where parameters rest on the device), and the pool is four of the largest: a row of the table shows what is left.
+  where parameters rest on the device or in files too), and the pool is four of the largest: a row of the table shows what is
+  left. With parameters on NVMe as well all of it goes by rows, for 8 bytes a parameter more read and 4 more written.
 - **An update on the host's processors** sends gradients down and bf16 parameters up: 6 bytes where the state's way there and
   back takes 24.
 - **Slices that leave while others arrive** would hide one direction, as whole buckets do: at most half of the update's time. A

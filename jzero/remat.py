@@ -99,7 +99,8 @@ def apply(fn: Callable[..., Any], policy: Any) -> Callable[..., Any]:
     @wraps(fn)
     def traced(*args: Any, **kwargs: Any) -> Any:
         with requested(policy) as request:
-            jax.eval_shape(fn, *args, **kwargs)
+            # As a function of its own: jax remembers one that it has traced before, and then no layer would ask for the policy.
+            jax.eval_shape(lambda *args, **kwargs: fn(*args, **kwargs), *args, **kwargs)
         whole = not request.answered and request.policy is not None
         with requested(policy):
             return (jax.checkpoint(fn, policy=request.policy) if whole else fn)(*args, **kwargs)

@@ -80,7 +80,10 @@ class Report:
         buckets = self.offload["buckets"]
         largest = human(max((bucket["moved_bytes"] for bucket in buckets), default=0))
         moved = human(self.offload["moved_bytes"])
-        return f"State at rest: {at_rest}; updated in {len(buckets)} buckets of up to {largest}, {moved} a step each way"
+        brought = f"{human(self.offload['brought_bytes'])} brought from files first; " if self.offload["brought_bytes"] else ""
+        return (
+            f"State at rest: {at_rest}; {brought}updated in {len(buckets)} buckets of up to {largest}, {moved} a step each way"
+        )
 
     def buffer_table(self, most: int = 10) -> str:
         """The largest temporaries alive when most are, and the line of code that made each."""

@@ -13,6 +13,7 @@ from jzero._errors import columns, explain
 from jzero._tree import named_leaves, short
 from jzero.engine import achieved, asked, compiler, leaves, offloaded, programs, reporting, resting, streaming
 from jzero.engine.asked import WHO
+from jzero.engine.bringing import Bringing
 from jzero.engine.layout import Layout, Options, layout
 from jzero.engine.programs import Program
 from jzero.engine.statics import Statics, split_statics
@@ -32,6 +33,7 @@ class ShardedStep:
         self._programs: dict[Any, Program] = {}
         self._evaluations: dict[Any, Callable[..., Any]] = {}
         self._plans: dict[Layout, offloaded.Update] = {}
+        self._bringings: dict[Layout, Bringing] = {}
         self._recent: dict[Any, Program] = {}  # by batch alone: the fast way in
         self.known: tuple[Layout, Statics] | None = None  # the last state seen: what a checkpoint is restored as
         STEPS.add(self)
@@ -105,13 +107,22 @@ class ShardedStep:
             fix = "Shard a step of jzero.make_train_step, or write an evaluation step of your own and shard that."
             raise TypeError(explain(WHO, "only a TrainStep knows its loss", found=[f"got {self.fn!r}"], fix=fix))
         arrays, statics = split_statics(state)
-        placed = self._layout(arrays)
+        placed, bringing = self._layout(arrays), None
+        if placed.in_files:
+            bringing = self._bringing(placed)
+            _check_placed(arrays, placed, self._options)
         if self._options.moves_state:  # wherever the optimizer's state is: a loss does not want it
             placed, arrays = placed.without_opt_state(), arrays._replace(opt_state=None)
         key = (*leaves.signature(arrays), statics, *leaves.signature(batch))
         if key not in self._evaluations:
-            self._evaluations[key] = programs.evaluation(self.fn, self._options, placed, statics, batch)
-        return self._evaluations[key](arrays, *batch)
+            seen = placed if bringing is None else bringing.layout
+            self._evaluations[key] = programs.evaluation(self.fn, self._options, seen, statics, batch)
+        if bringing is None:
+            return self._evaluations[key](arrays, *batch)
+        arrays = bringing.alone(arrays, int(arrays.step))
+        found = self._evaluations[key](arrays, *batch)
+        bringing.give_up(arrays)
+        return found
 
     def place(self, state: Any) -> Any:
         """A copy of `state` on the mesh; the caller's arrays stay valid, whatever the step donates later."""
@@ -130,9 +141,16 @@ class ShardedStep:
         return statics.merge(self.known[0].tree)
 
     def lower(self, state: Any, *batch: Any) -> jax.stages.Lowered:
-        """The step lowered for these shapes, compiled or not; works on a mesh of devices that are only described."""
+        """The step lowered for these shapes, compiled or not; works on a mesh of devices that are only described.
+
+        Of a step whose state rests off the device, the gradient program: `report` has the others.
+        """
         arrays, statics = split_statics(state)
-        return programs.lower(self.fn, self._options, self._layout(arrays), statics, batch)[0]
+        placed = self._layout(arrays)
+        if self._options.moves_state:
+            assert isinstance(self.fn, TrainStep)
+            return streaming.lower(self.fn, self._plan(placed), self._options, statics, batch)[0]
+        return programs.lower(self.fn, self._options, placed, statics, batch)[0]
 
     def report(self, state: Any, *batch: Any) -> Report:
         """What the compiled step needs and moves, measured beside the stage's formula. Compiles if it must; runs nothing."""
@@ -189,10 +207,19 @@ class ShardedStep:
             self._plans[placed] = offloaded.prepare(self.fn, placed, self._options)
         return self._plans[placed]
 
+    def _bringing(self, placed: Layout) -> Bringing:
+        """How parameters come from files for an evaluation."""
+        plan = self._plan(placed)
+        if placed not in self._bringings:
+            alone = placed.without_opt_state()
+            self._bringings[placed] = Bringing(alone, self._options, plan.compute_dtype, plan.bucket_bytes)
+        return self._bringings[placed]
+
     def _check_offload(self, placed: Layout) -> None:
         """What cannot rest where it should, or not be updated there, is refused before anything is made."""
         if self._options.moves_state:
-            resting.check(placed, self._options.tiers)
+            assert isinstance(self.fn, TrainStep)
+            resting.check(placed, self._options.tiers, self.fn)
             self._plan(placed)
 
     def unsharded(self, statics: Statics) -> Callable[..., Any]:

@@ -1,13 +1,15 @@
 """A training run with its moments on NVMe that SIGKILL ends again and again, most often in the middle of an update.
 
-    python tests/kills_nvme.py --kills 50 [--seed 0] [--json FILE]
+    python tests/kills_nvme.py --kills 50 [--seed 0] [--params device|nvme] [--json FILE]
 
 As `tests/kills.py`, whose lives and checkpoints these are: each life restores the newest checkpoint, which writes the swap
 anew, and trains on. After every kill the swap that the life left is read byte by byte, without jax: its commit names a step,
 and the moments of all files must be those that an uninterrupted run had after that step, bit by bit. Losses likewise.
+With `--params nvme` parameters lie in the same files, one of which does not train and is never written.
 """
 
 import contextlib
+import functools
 import hashlib
 import random
 
@@ -22,22 +24,24 @@ import jzero
 from jzero.offload.nvme import folder as folders
 from jzero.offload.nvme import swap
 from jzero.offload.nvme.array import DiskArray
-from jzero.offload.nvme.shard_file import CorruptSwap
+from jzero.offload.nvme.shard_file import CorruptSwap, ShardFile
 
 SAVE_EVERY = 3
 
 
 def digest(leaves):
-    """Of moments by path."""
+    """Of leaves by path."""
     sha256 = hashlib.sha256()
     for path in sorted(leaves):
         sha256.update(path.encode() + np.ascontiguousarray(leaves[path]).tobytes())
     return sha256.hexdigest()
 
 
-def live(say, where, num_steps, *, digests):
-    train_step, make_state = tiny.make("composed")
-    offload = jzero.Offload(opt_state=f"nvme:{where / 'swap'}", bucket_bytes=2000)
+def live(say, where, num_steps, *, digests, params):
+    in_files = params == "nvme"
+    train_step, make_state = tiny.make("composed", trainable=(lambda path: path != "bias") if in_files else None)
+    swap_folder = f"nvme:{where / 'swap'}"
+    offload = jzero.Offload(opt_state=swap_folder, params=swap_folder if in_files else None, bucket_bytes=2000)
     step = jzero.shard(train_step, stage=3, min_shard_elements=64, offload=offload)
     manager, first = jzero.CheckpointManager(where / "run", every=SAVE_EVERY, keep=2), 1
     if manager.steps():
@@ -49,8 +53,8 @@ def live(say, where, num_steps, *, digests):
     for i in range(first, num_steps + 1):
         say("updating", i)
         state, metrics = step(state, kills.batch_of(i))
-        moments = {leaf.path: leaf for leaf in jax.tree.leaves(state.opt_state) if isinstance(leaf, DiskArray)}
-        say("step", i, float(metrics["loss"]).hex(), digest(moments) if digests else None)
+        on_disk = {leaf.path: leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, DiskArray)}
+        say("step", i, float(metrics["loss"]).hex(), digest(on_disk) if digests else None)
         manager.save(i, state, data=i + 1)
     manager.wait()
 
@@ -71,7 +75,7 @@ def check_swap(where, reference, life):
         at_first = life[0][1] if life[0][0] == "restored" else 0  # the life's first generation, of no step of its own
         expected = reference.get(at_first if found is None else found)
         if expected is not None and digest(leaves) != expected:
-            wrong.append(f"the swap of step {found} holds other moments than the uninterrupted run had")
+            wrong.append(f"the swap of step {found} holds other numbers than the uninterrupted run had")
         made = [event[1] for event in life if event[0] == "step"]
         began = [event[1] for event in life if event[0] == "updating"]
         if found is not None and not (made[-1:] or [at_first])[0] <= found <= began[-1]:
@@ -79,8 +83,9 @@ def check_swap(where, reference, life):
     return found, wrong
 
 
-def run(where, num_kills, seed, num_steps):
-    whole = kills.uninterrupted(live, where, num_steps)
+def run(where, num_kills, seed, num_steps, params):
+    life_of = functools.partial(live, params=params)
+    whole = kills.uninterrupted(life_of, where, num_steps)
     losses = {event[1]: event[2] for event in whole if event[0] == "step"}
     moments = {event[1]: event[3] for event in whole if event[0] == "step"}
     choose, folder, wrong = random.Random(seed), where / "killed", []
@@ -89,7 +94,7 @@ def run(where, num_kills, seed, num_steps):
     while found["kills"] < num_kills:
         lives += 1
         log = where / f"life{lives}.log"
-        pid = kills.fork(live, log, folder, num_steps, digests=False)
+        pid = kills.fork(life_of, log, folder, num_steps, digests=False)
         # most often within an update, and never before the life's first
         found["kills"] += kills.kill_at(pid, log, "updating", choose.randint(1, 12), choose.uniform(0, 0.1))
         life = kills.events(log)
@@ -118,19 +123,18 @@ def half_written(folder):
 
 
 def written(left):
-    """The number of a swap's files that have the generation after the committed one, and of all."""
+    """The number of a swap's files that have the generation after the committed one, and of all that steps write."""
     try:
         commit, rows = swap.load(left.folder / swap.COMMIT), swap.load(left.folder / swap.LAYOUT)["leaves"]
     except (FileNotFoundError, CorruptSwap):
         return 0, 0
-    newer = 0
-    for row in rows:
-        about = {name: value for name, value in row.items() if name not in ("bytes", "file")}
-        file = swap.ShardFile(left.folder / row["file"], about, row["bytes"])
+    newer, files = 0, [ShardFile.of(left.folder, row) for row in rows]
+    files = [file for file in files if file.num_slots > 1]
+    for file in files:
         with contextlib.suppress(CorruptSwap):  # no header yet
-            newer += file.header((commit["generation"] + 1) % 2)["generation"] == commit["generation"] + 1
-    return newer, len(rows)
+            newer += file.header(file.slot(commit["generation"] + 1))["generation"] == commit["generation"] + 1
+    return newer, len(files)
 
 
 if __name__ == "__main__":
-    kills.main(__doc__, run, __file__, 50)
+    kills.main(__doc__, run, __file__, 50, params="device")

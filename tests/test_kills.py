@@ -37,15 +37,17 @@ def test_a_hundred_kills(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_an_update_of_its_swap(tmp_path):
-    found = killed(tmp_path, "--kills", "1", "--steps", "10", script=KILLS_NVME)
+@pytest.mark.parametrize("params", ["device", "nvme"])
+def test_a_run_killed_in_an_update_of_its_swap(tmp_path, params):
+    found = killed(tmp_path, "--kills", "1", "--steps", "10", "--params", params, script=KILLS_NVME)
     assert found["kills"] == found["swaps_read"] == 1
 
 
 @pytest.mark.slow
-def test_fifty_kills_in_updates_of_a_swap(tmp_path):
-    """Every swap that a life left holds the moments of one step of the uninterrupted run, bit by bit; so do all losses."""
-    found = killed(tmp_path, "--kills", "50", script=KILLS_NVME)
+@pytest.mark.parametrize("params", ["device", "nvme"])
+def test_fifty_kills_in_updates_of_a_swap(tmp_path, params):
+    """Every swap that a life left holds the numbers of one step of the uninterrupted run, bit by bit; so do all losses."""
+    found = killed(tmp_path, "--kills", "50", "--params", params, script=KILLS_NVME)
     assert found["kills"] == found["swaps_read"] == 50
     assert found["in_an_update"] >= 25
     assert found["with_a_half_written_generation"] >= 10

@@ -13,6 +13,8 @@ from fixtures.compilers import compilers as compilers
 import jzero
 from benchmarks import plans_compared
 from jzero import models
+from jzero.engine.bringing import Bringing
+from jzero.engine.by_slices import SlicedProgram
 from jzero.plan import closed, facts, hosts, names, offloads, room, search
 from jzero.plan.job import Job, make
 from jzero.plan.main import main
@@ -112,6 +114,53 @@ def test_a_drive_holds_two_generations_and_is_read_and_written_at_once():
     assert times(job).bound == "disk"
 
 
+@pytest.mark.parametrize(("precision", "again"), [("bf16", 4), ("fp32", 0)])
+def test_parameters_in_files_come_first_and_masters_twice(precision, again):
+    """Four bytes a parameter before the gradient; and, where they were cast, with their moments once more."""
+    everything = "opt_state=nvme:/data,params=nvme:/data,bucket_bytes=1GB"
+    job = job_of(everything, model="llama-1b", disk_bandwidth=3 * 10**9, precision=precision)
+    found, sent, psi = offloads.away(job), times(job).transfer, closed.num_params(job.config)
+    assert (found.disk_moved, found.disk_read, sum(found.brought)) == (12 * psi, (8 + again) * psi, 4 * psi)
+    assert (found.disk_bytes, found.host_moved, found.still_here) == (24 * psi, 0, (4 - again) * psi)
+    assert sent.read_s == pytest.approx(4 * psi / 3e9)
+    assert sent.disk_s == pytest.approx((20 + again) * psi / 3e9, rel=0.1)  # what fills the pool is read beside the gradient
+    assert times(job).bound == "disk"
+    assert closed.memory(job).at_rest["params"] == 0
+    assert found.pool <= 4e9
+    mixed = job._replace(offload=jzero.Offload(opt_state="nvme:/data", bucket_bytes=10**9))
+    spared = closed.memory(mixed).peak_bytes - closed.memory(job).peak_bytes
+    assert spared >= (3.9 if again else 0) * psi  # masters, where the gradient is computed with a copy of them
+
+
+@pytest.mark.parametrize(
+    ("opt_state", "precision"),
+    [
+        ("nvme:/data", "bf16"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("nvme:/data", "bf16-pure"), ("host", "bf16"))),
+    ],
+)
+def test_what_comes_first_and_the_buckets_are_the_engines(opt_state, precision):
+    asked = jzero.Offload(opt_state=opt_state, params="nvme:/data", bucket_bytes=2 * 10**6)
+    job = make("llama-tiny,num_layers=4,dim=512,ffn_dim=1024", "h100:1x1", seq=32, precision=precision, offload=asked)
+    model = models.build(job.config)
+    train_step = jzero.make_train_step(model.loss, optax.adamw(1e-3), precision=precision)
+    step = jzero.shard(train_step, stage=3, mesh=jzero.make_mesh(devices=jax.devices()[:1]), offload=asked)
+    plan = step._plan(step._layout(jax.eval_shape(lambda: train_step.init(model.init(jax.random.key(0))))))
+    bringing = Bringing(plan.layout, step.options, plan.compute_dtype, plan.bucket_bytes)
+    size = lambda index: plan.layout.avals[index].size * plan.layout.avals[index].dtype.itemsize
+    groups = [sum(size(piece.index) // piece.num_parts for piece in group) for group in bringing.groups]
+    found = offloads.away(job)
+    assert list(found.brought) == groups
+    assert any(piece.num_parts > 1 for group in bringing.groups for piece in group)
+    assert [trip.host + trip.disk for trip in found.trips] == [bucket.moved_bytes for bucket in plan.buckets]
+    rounds = [SlicedProgram(plan, bucket, step.options, keeps_params=True).num_rounds for bucket in plan.buckets]
+    assert [trip.num for trip in found.trips] == rounds
+    # beside moments in host memory they go whole, and so does what is rounded by noise that depends on an element's place
+    assert (max(rounds) > 1) == (opt_state != "host" and precision == "bf16")
+    assert found.still_here == sum(map(size, plan.held))
+    assert (found.still_here > 0) == (precision == "bf16-pure")
+
+
 def test_activations_pass_beside_the_layers():
     job = job_of("activations=host", model="llama-1b", target="v5e:4x4", seq=2048)
     assert job.remat == "dots"
@@ -187,7 +236,7 @@ def test_pasted_offload_trains():
     [
         (["--offload", "opt_stat=host"], "Did you mean 'opt_state'"),
         (["--offload", "opt_state=disk"], "names no place"),
-        (["--offload", "params=nvme:/data"], "every step reads them"),
+        (["--offload", "params=nvme:"], "names no folder"),
         (["--offload", "activations=host", "--remat", "full"], "the host holds what dots saves"),
         (["--disk-bandwidth", "3GB"], "would have no effect"),
         (["--offload", "opt_state=host", "--host-memory", "many"], "not a number of bytes"),

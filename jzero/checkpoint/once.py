@@ -13,6 +13,7 @@ from jzero.checkpoint.naming import WHO
 from jzero.engine import resting
 from jzero.engine.layout import Layout
 from jzero.shard import ShardedStep
+from jzero.step import TrainStep
 
 
 def save(path: Any, state: Any, *, step: ShardedStep | None = None) -> None:
@@ -93,7 +94,8 @@ def _settle(step: ShardedStep, layout: Layout) -> Callable[[int, jax.Array], Any
     tiers = {place: tier for place, tier in step.options.tiers.items() if tier.can_fail}
     if not tiers:
         return None
-    resting.check(layout, tiers)
+    assert isinstance(step.fn, TrainStep)
+    resting.check(layout, tiers, step.fn)
 
     def settle(index: int, array: jax.Array) -> Any:
         place = layout.places[index]

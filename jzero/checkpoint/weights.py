@@ -30,7 +30,8 @@ def load(
     if into is None:
         check_known(read, step)
         return _fresh(step, layout, statics, read.leaves)
-    return fill(read, layout, statics, into)
+    state = fill(read, layout, statics, into)
+    return step.place(state) if layout.in_files else state  # leaves of two origins come to rest together
 
 
 def fill(read: reading.Read, layout: Layout, statics: Statics, into: Any) -> Any:

@@ -77,9 +77,6 @@ def _check_offload(fn: Any, offload: Any, donate: Any) -> None:
         found, fix = [f"offload={offload!r}"], 'Write offload=jzero.Offload(opt_state="host").'
         raise TypeError(explain(WHO, "offload= is a jzero.Offload", found=found, fix=fix))
     nvme = [name for name in ("opt_state", "params") if (place := offload.place_of(name)) and place.kind == NVME]
-    if "params" in nvme:
-        found, fix = [f"params={offload.params!r}"], f"Write opt_state={offload.params!r} and params='host' or None."
-        raise NotImplementedError(explain(WHO, "parameters cannot rest on NVMe: every step reads them", found=found, fix=fix))
     if nvme and not donate:
         found, fix = [f"donate=False with {offload}"], "Leave donate= out; checkpoints keep old states."
         raise ValueError(explain(WHO, "a step writes over the files that hold the state before the last", found=found, fix=fix))

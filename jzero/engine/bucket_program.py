@@ -11,7 +11,7 @@ from jzero.engine import compiler
 from jzero.engine.layout import Layout, Options
 from jzero.engine.offloaded import Update
 from jzero.offload import slices
-from jzero.offload.asked import HOST
+from jzero.offload.asked import HOST, NVME
 from jzero.offload.buckets import Bucket
 from jzero.offload.slices import Slices, is_elementwise
 from jzero.step import update
@@ -21,8 +21,8 @@ class BucketProgram:
     """The compiled update of one bucket: `(leaves, grads, scales, shared, early) -> leaves`, the leaves donated.
 
     A bucket of one group that is larger than a bucket should be takes its leaves where they rest and fetches slices of them
-    itself, if its update is elementwise. With `keeps_params` old parameters stay valid; new ones take the memory of the
-    gradients where these have their dtype.
+    itself, if its update is elementwise. With `keeps_params` the old state stays valid; new parameters take the memory of the
+    gradients where these have their dtype, or of what came from files.
     """
 
     def __init__(self, plan: Update, bucket: Bucket, options: Options, *, keeps_params: bool = False):
@@ -107,12 +107,20 @@ class BucketProgram:
         jitted = jax.jit(
             lambda own, opt_state, grads, *values: self._run([*own, *opt_state], grads, *values),
             in_shardings=(own, opt_state, [layout.on_device[index] for index in params], whole, whole, whole),
-            donate_argnums=(0, 1) if not keeps_params else (1, 2) if alike else (1,),
+            donate_argnums=self._donated(alike) if keeps_params else (0, 1),
             out_shardings=self.shardings, keep_unused=True, compiler_options=compiler.options(options.mesh),
         )  # fmt: skip
         early = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.plan.split.early]
         scales = [jax.ShapeDtypeStruct((), jnp.float32)] * self.plan.num_scales
         return jitted.lower(avals[:num_params], avals[num_params:], grads, scales, shared, early)
+
+    def _donated(self, alike: bool) -> tuple[int, ...]:
+        """Where the state that came in stays valid: copies of what rests elsewhere, and gradients for new parameters."""
+        places = self.plan.layout.places
+        moments = (1,) if all(places[index] is not None for index in self.bucket.opt_state) else ()
+        if all((place := places[index]) is not None and place.kind == NVME for index in self.bucket.params):
+            return (0, *moments)
+        return (*moments, 2) if alike else moments
 
 
 def _move(piece: jax.Array, memory: Any, is_away: bool) -> jax.Array:

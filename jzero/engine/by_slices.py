@@ -1,8 +1,9 @@
 """Updates of leaves in files that are larger than a bucket: slice by slice, driven from the host.
 
 A slice is some rows of dim 0 of each moment, which lie one after the other in its file. The program takes whole parameters and
-gradients, which are on the device anyway, and the slices of the moments; it writes new parameters over the gradients' slice. So
-what is in memory at a time does not depend on how large a leaf is, as long as its update is elementwise.
+gradients, which are on the device anyway, and the slices of the moments; it writes new parameters over the gradients' slice.
+Parameters that rest in files travel by the same rows as their moments. So what is in memory at a time does not depend on how
+large a leaf is, as long as its update is elementwise.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from jzero.engine.bucket_program import BucketProgram
 from jzero.engine.layout import Layout, Options
 from jzero.offload import slices
 from jzero.offload.asked import NVME
+from jzero.offload.nvme.array import DiskArray
 from jzero.offload.nvme.shard_file import part_bytes
 from jzero.offload.slices import Slices, is_elementwise
 from jzero.step import update
@@ -39,9 +41,10 @@ class SlicedProgram(BucketProgram):
 
     def at_rest(self, state: Any, number: int) -> list[Any]:
         """What round `number` fetches, from the state's leaves by their numbers."""
+        leaves = [state[index] for index in self.fetched]
         if self.cut is None:
-            return [state[index] for index in self.members]
-        return [state[index].part(number, self.cut.num) for index in self.bucket.opt_state]
+            return leaves
+        return [leaf.part(number, self.cut.num) if isinstance(leaf, DiskArray) else leaf for leaf in leaves]
 
     def whole(self, leaf: Any) -> Any:
         """The leaf of the state that a round's result belongs to."""
@@ -50,44 +53,57 @@ class SlicedProgram(BucketProgram):
     @cached_property
     def fetched(self) -> list[int]:
         """The numbers of the leaves that a round fetches."""
-        return list(self.members if self.cut is None else self.bucket.opt_state)
+        return list(self.members if self.cut is None or self.params_travel else self.bucket.opt_state)
+
+    @cached_property
+    def params_travel(self) -> bool:
+        """Whether the bucket's parameters rest in files."""
+        return self._in_files(self.bucket.params)
+
+    def _in_files(self, indices: Sequence[int]) -> bool:
+        return all((place := self.plan.layout.places[index]) and place.kind == NVME for index in indices)
 
     def _slices(self) -> Slices | None:
         if not any((place := self.plan.layout.places[index]) and place.kind == NVME for index in self.members):
             return super()._slices()
         layout, members = self.plan.layout, self.members
         shapes = {layout.avals[index].shape for index in members}
-        in_files = all((place := layout.places[index]) and place.kind == NVME for index in self.bucket.opt_state)
+        travelling = members if self.params_travel else self.bucket.opt_state
         alike = all(layout.avals[index].dtype == self.plan.accumulate_dtype for index in self.bucket.params)
         specs = {layout.on_device[index].spec for index in members}
-        whole = all(layout.places[index] is None for index in self.bucket.params)
-        if self.bucket.moved_bytes > self.plan.bucket_bytes and len(shapes) == len(specs) == 1 and in_files and alike and whole:
+        whole = alike and all(layout.places[index] is None for index in self.bucket.params)
+        is_large, can_go = self.bucket.moved_bytes > self.plan.bucket_bytes, self.params_travel or whole
+        if is_large and can_go and len(shapes) == len(specs) == 1 and self._in_files(self.bucket.opt_state):
             (shape,) = shapes
             if is_elementwise(self.jaxpr, shape):
                 wanted = -(-self.bucket.moved_bytes // self.plan.bucket_bytes)
-                self.cut = rows([layout.avals[index] for index in self.bucket.opt_state], layout.on_device[members[0]], wanted)
+                self.cut = rows([layout.avals[index] for index in travelling], layout.on_device[members[0]], wanted)
         return None
 
     def _lower(self, layout: Layout, options: Options, keeps_params: bool) -> Any:
         if self.cut is None:
             return super()._lower(layout, options, keeps_params)
         aval = lambda index, shape: jax.ShapeDtypeStruct(shape, layout.avals[index].dtype, sharding=layout.on_device[index])
-        params, opt_state = self.bucket.params, self.bucket.opt_state
-        own = [aval(index, layout.avals[index].shape) for index in params]
-        moments = [aval(index, self.cut.shape(layout.avals[index].shape)) for index in opt_state]
+        params, opt_state, all_of = self.bucket.params, self.bucket.opt_state, [leaf.shape for leaf in layout.avals]
+        whole_own = not self.params_travel or self.plan.held.issuperset(params)
+        own = [aval(index, all_of[index] if whole_own else self.cut.shape(all_of[index])) for index in params]
+        moments = [aval(index, self.cut.shape(all_of[index])) for index in opt_state]
+        grads = [jax.ShapeDtypeStruct(all_of[index], self.plan.accumulate_dtype) for index in params]
         state = jax.tree.unflatten(layout.treedef, layout.avals)
         shared = [*(layout.avals[index] for index in self.plan.scalars), state.step, state.rng]
         shared.append(jax.ShapeDtypeStruct((), jnp.float32))
         whole = NamedSharding(options.mesh, PartitionSpec())
         placed = [[leaf.sharding for leaf in part] for part in (own, moments)]
         jitted = jax.jit(
-            self._one, in_shardings=(*placed, placed[0], whole, whole, whole, whole), out_shardings=tuple(placed),
-            donate_argnums=(1, 2), keep_unused=True, compiler_options=compiler.options(options.mesh),
+            self._rows if self.params_travel else self._one, in_shardings=(*placed, placed[0], whole, whole, whole, whole),
+            out_shardings=[*placed[0], *placed[1]] if self.params_travel else tuple(placed),
+            donate_argnums=(1, 2) if not self.params_travel else (1,) if whole_own else (0, 1), keep_unused=True,
+            compiler_options=compiler.options(options.mesh),
         )  # fmt: skip
         early = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.plan.split.early]
         scales = [jax.ShapeDtypeStruct((), jnp.float32)] * self.plan.num_scales
         index = jax.ShapeDtypeStruct((), jnp.int32)
-        return jitted.lower(own, moments, own, scales, shared, early, index)
+        return jitted.lower(own, moments, grads, scales, shared, early, index)
 
     def _one(
         self, own: list[Any], moments: list[Any], grads: list[Any], scales: Any, shared: Any, early: Any, index: jax.Array
@@ -95,12 +111,20 @@ class SlicedProgram(BucketProgram):
         """One round: the gradients with new parameters in a slice, and the slice's new moments."""
         cut = self.cut
         assert cut is not None
-        shape = cut.shape(self.plan.layout.avals[self.members[0]].shape)
-        parts = update.scaled([cut.take(grad, index) for grad in grads], scales)
-        given = self._inputs([*(cut.take(one, index) for one in own), *moments], parts, shared, early)
-        new = slices.evaluate(self.jaxpr, given, shape)
+        new = self._rows(own, moments, grads, scales, shared, early, index)
         pairs = zip(grads, new[: len(own)], strict=True)
         return [cut.put(grad, piece, index) for grad, piece in pairs], new[len(own) :]
+
+    def _rows(
+        self, own: list[Any], moments: list[Any], grads: list[Any], scales: Any, shared: Any, early: Any, index: jax.Array
+    ) -> list[Any]:  # fmt: skip
+        """The slice's new parameters and moments, from moments' slices and whole gradients; parameters are either."""
+        cut = self.cut
+        assert cut is not None
+        shape = cut.shape(self.plan.layout.avals[self.members[0]].shape)
+        parts = update.scaled([cut.take(grad, index) for grad in grads], scales)
+        own = [one if one.shape == shape else cut.take(one, index) for one in own]
+        return slices.evaluate(self.jaxpr, self._inputs([*own, *moments], parts, shared, early), shape)
 
 
 def rows(avals: Sequence[Any], sharding: NamedSharding, wanted: int) -> Slices | None:

@@ -12,13 +12,13 @@ from jzero import _compat, roles, traffic
 from jzero import rules as placing
 from jzero._errors import explain
 from jzero._specs import without_zero
-from jzero._tree import named_leaves, num_elements, short
+from jzero._tree import is_float, named_leaves, num_elements, short
 from jzero._types import Placement, Role
 from jzero.engine.stage_layers import pipe_dims, stacked_layers
 from jzero.mesh import axis_size, describe
 from jzero.offload import Offload, Tier
 from jzero.offload import places as choosing
-from jzero.offload.asked import HOST, Place
+from jzero.offload.asked import HOST, NVME, Place
 from jzero.offload.host import KIND
 from jzero.pipeline.schedule import Schedule
 from jzero.rules.batch import check_batch
@@ -88,6 +88,19 @@ class Layout:
         """The layout of a `TrainState` with None for the optimizer's state."""
         state = jax.tree.unflatten(self.treedef, range(len(self.avals)))._replace(opt_state=None)
         return replace(self.only(jax.tree.leaves(state)), treedef=jax.tree.structure(state))
+
+    @cached_property
+    def in_files(self) -> tuple[int, ...]:
+        """The numbers of the parameters that rest in files, which no program can take."""
+        rows = enumerate(zip(self.placements, self.places, strict=True))
+        return tuple(index for index, (one, place) in rows if one.leaf.role == "params" and place and place.kind == NVME)
+
+    def brought(self, dtype: Any) -> "Layout":
+        """As a step's first program sees it: those parameters are on the device, in the dtype that it computes in."""
+        cast = lambda aval: jax.ShapeDtypeStruct(aval.shape, dtype) if is_float(aval) else aval
+        avals = [cast(aval) if index in self.in_files else aval for index, aval in enumerate(self.avals)]
+        places = [None if index in self.in_files else place for index, place in enumerate(self.places)]
+        return replace(self, avals=tuple(avals), places=tuple(places))
 
     def fetched(self, state: Any) -> Any:
         """Inside a program: its leaves that rest in host memory, copied to the device where something reads them."""

@@ -47,6 +47,7 @@ class Update:
     bucket_bytes: int
     accumulate_dtype: Any
     num_scales: int
+    compute_dtype: Any = None
     late: frozenset[int] = frozenset()  # numbers of small leaves of the optimizer's that need its arrays: they go with a bucket
 
     @cached_property
@@ -71,6 +72,13 @@ class Update:
         away = set(self.arrays)
         return [index for index in range(len(self.layout.avals)) if index not in away]
 
+    @cached_property
+    def held(self) -> frozenset[int]:
+        """The numbers of the parameters in files that the update need not read again: in the dtype of what was brought."""
+        layout, seen = self.layout, self.layout.brought(self.compute_dtype)
+        same = lambda index: layout.avals[index].dtype == seen.avals[index].dtype
+        return frozenset(index for index in layout.in_files if self.mask[index] and same(index))
+
     @property
     def num_outputs(self) -> tuple[int, int, int]:
         return len(self.trained), len(self.arrays), len(self.scalars)
@@ -87,8 +95,8 @@ class Update:
 
     @cached_property
     def rest_layout(self) -> Layout:
-        """The layout of `rest`."""
-        layout = self.layout
+        """The layout of `rest`, with parameters that no program takes where they rest on the device."""
+        layout = self.layout.brought(self.compute_dtype)
         avals = self.rest(jax.tree.unflatten(layout.treedef, layout.avals))
         return replace(layout.only(self.kept), treedef=jax.tree.structure(avals))
 
@@ -103,7 +111,8 @@ def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
     assert options.offload is not None
     state = jax.tree.unflatten(layout.treedef, layout.avals)
     mask = parameters.trainable_mask(state.params, step.trainable)
-    bare = Update(layout, mask, None, [], 0, step.policy.accumulate, 1 + (step.clip_norm is not None))  # pyrefly: ignore[bad-argument-type]
+    num_scales, policy = 1 + (step.clip_norm is not None), step.policy
+    bare = Update(layout, mask, None, [], 0, policy.accumulate, num_scales, policy.compute)  # pyrefly: ignore[bad-argument-type]
     found = splitting.split(*_traced(step, bare), num_scalars=len(bare.scalars))
     while found.late:  # scales of 8-bit moments, say
         bare = replace(bare, late=bare.late | {bare.scalars[at] for at in found.late})

@@ -11,12 +11,15 @@ from jzero.offload import Tier
 from jzero.offload import buckets as packing
 from jzero.offload.asked import NVME, Place
 from jzero.offload.places import bytes_on_one_device
+from jzero.step import TrainStep
+from jzero.step import params as parameters
 
 LEAST_FILE_BYTES = 2**22  # of a bucket in files: less would not keep a drive busy
 
 
-def check(layout: Layout, tiers: Mapping[Place, Tier]) -> None:
+def check(layout: Layout, tiers: Mapping[Place, Tier], fn: TrainStep) -> None:
     """Every tier can hold what is to rest there."""
+    still = frozen(layout, fn)
     rows = list(zip(layout.placements, layout.avals, layout.on_device, layout.places, strict=True))
     for place, tier in tiers.items():
         members = [
@@ -24,7 +27,14 @@ def check(layout: Layout, tiers: Mapping[Place, Tier]) -> None:
             for placement, aval, sharding, where in rows
             if where == place
         ]
-        tier.check(members)
+        tier.check(members, still)
+
+
+def frozen(layout: Layout, fn: TrainStep) -> frozenset[str]:
+    """The paths of the parameters that do not train, which come first in a TrainState."""
+    params = jax.tree.unflatten(layout.treedef, layout.avals).params
+    mask = parameters.trainable_mask(params, fn.trainable)
+    return frozenset(layout.placements[index].leaf.path for index, trains in enumerate(mask) if not trains)
 
 
 def placed(given: Sequence[Any], layout: Layout, tiers: Mapping[Place, Tier]) -> list[Any]:

@@ -1,5 +1,6 @@
 """Compiled steps whose state rests off the device: the gradient program and the buckets' programs, run one after the other."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 from jzero import audit
 from jzero._tree import num_bytes
 from jzero.engine import offloaded, programs, reporting
+from jzero.engine.bringing import Bringing
 from jzero.engine.by_slices import SlicedProgram
-from jzero.engine.layout import Layout, Options
+from jzero.engine.layout import Layout, Options, Trace
 from jzero.engine.offloaded import Carried, Update
 from jzero.engine.programs import Program
 from jzero.engine.statics import Statics
+from jzero.offload.asked import NVME
 from jzero.offload.stream import Leaves, Stream
 from jzero.report import Report
 from jzero.step import TrainStep
@@ -25,30 +28,42 @@ class StreamedProgram(Program):
     def __init__(
         self, fn: TrainStep, plan: Update, options: Options, placed: Layout, statics: Statics, batch: tuple[Any, ...]
     ):  # fmt: skip
-        step = offloaded.gradient_step(fn, plan)
-        self.keeps = any(one.can_fail for one in options.tiers.values())  # the state that came in, until all is well
-        lowered, trace = programs.lower(step, options, plan.rest_layout, statics, batch, keeps_params=self.keeps)
+        self.keeps = keeps(options)
+        lowered, trace = lower(fn, plan, options, statics, batch)
         super().__init__(placed, statics, lowered, trace)
         self.own_layout, self.plan, self.options = plan.rest_layout, plan, options
         self.skips = fn.skip_nonfinite
         self.buckets = [SlicedProgram(plan, bucket, options, keeps_params=self.keeps) for bucket in plan.buckets]
         self.rounds = [(program, number) for program in self.buckets for number in range(program.num_rounds)]
+        self.bringing = Bringing(placed, options, plan.compute_dtype, plan.bucket_bytes)
 
     def call(self, state: Any, *batch: Any) -> tuple[Any, Any]:
+        try:
+            return self._call(state, *batch)
+        except BaseException:
+            for tier in self.options.tiers.values():
+                tier.cancel()
+            raise
+
+    def _call(self, state: Any, *batch: Any) -> tuple[Any, Any]:
         """The gradient program is only dispatched when the first two buckets start on their way."""
         plan, old = self.plan, jax.tree.leaves(state)
-        number = int(state.step) if self.keeps else 0
-        rest, (metrics, carried) = self.compiled(plan.rest(state), *batch)
+        stream, brought = self._begun(int(state.step), old) if self.keeps else (None, {})
+        here = dict(enumerate(old)) | brought
+        rest, (metrics, carried) = self.compiled(plan.rest(jax.tree.unflatten(self.layout.treedef, here.values())), *batch)
+        for index in brought.keys() - plan.held:
+            here.pop(index).delete()
         given_back = plan.kept[self.trace.kept :]
         new = dict(enumerate(old)) | dict(zip(given_back, jax.tree.leaves(rest), strict=True))
-        gives_up = self.options.donate and not self.keeps
-        stream = Stream([self._leaves(*one, new) for one in self.rounds], self.options.tiers, gives_up=gives_up)
-        stream.start(number)
+        if stream is None:
+            stream = self._stream(new)
+            stream.begin(0)
+        stream.start()
         if self.skips and not bool(carried.proceed):
             stream.cancel()
         else:
             in_work: dict[SlicedProgram, list[jax.Array]] = {}
-            for (program, _), leaves in zip(self.rounds, stream.run(self._update(carried, old, in_work)), strict=True):
+            for (program, _), leaves in zip(self.rounds, stream.run(self._update(carried, here, in_work)), strict=True):
                 new |= zip(program.fetched, map(program.whole, leaves), strict=True)
             for program, params in in_work.items():
                 new |= zip(program.bucket.params, params, strict=True)
@@ -56,29 +71,56 @@ class StreamedProgram(Program):
             _let_go(old, new)
         return jax.tree.unflatten(self.layout.treedef, [new[index] for index in range(len(old))]), metrics
 
+    def _begun(self, number: int, old: list[Any]) -> tuple[Stream, dict[int, jax.Array]]:
+        """Where old leaves stay valid all journeys are known now, and files are read from here on: parameters first."""
+        stream, trips = self._stream(dict(enumerate(old))), self.bringing.trips(old)
+        stream.begin(number, self.bringing.by_place(trips))
+        return stream, self.bringing.bring(trips)
+
+    def _stream(self, state: dict[int, Any]) -> Stream:
+        gives_up = self.options.donate and not self.keeps
+        return Stream([self._leaves(*one, state) for one in self.rounds], self.options.tiers, gives_up=gives_up)
+
     def _leaves(self, program: SlicedProgram, number: int, state: dict[int, Any]) -> Leaves:
         chosen = [program.members.index(index) for index in program.fetched]
         shardings, places = [program.shardings[at] for at in chosen], [program.places[at] for at in chosen]
-        return Leaves(program.at_rest(state, number), shardings, places)
+        return Leaves(program.at_rest(state, number), shardings, places, [index in self.plan.held for index in program.fetched])
 
-    def _update(self, carried: Carried, old: list[Any], in_work: dict[SlicedProgram, list[jax.Array]]) -> Any:
-        """What each round computes; `in_work` gets the parameters that are made in several rounds."""
+    def _update(self, carried: Carried, here: dict[int, Any], in_work: dict[SlicedProgram, list[jax.Array]]) -> Any:
+        """What each round computes from what came and what is `here`; `in_work` gets the parameters that are made in several
+        rounds.
+        """
 
         def update(number: int, leaves: list[jax.Array]) -> list[jax.Array]:
             program, index = self.rounds[number]
             grads = [carried.grads[at] for at in program.param_at]
-            values = (carried.scales, carried.shared, carried.early)
-            if program.num_rounds > 1:
-                own = [old[at] for at in program.bucket.params]
-                in_work[program], new = program.compiled(own, leaves, in_work.get(program, grads), *values, np.int32(index))
+            round_of: list[Any] = [np.int32(index)] if program.num_rounds > 1 else []
+            values = (carried.scales, carried.shared, carried.early, *round_of)
+            if program.num_rounds > 1 and not program.params_travel:
+                own = [here[at] for at in program.bucket.params]
+                in_work[program], new = program.compiled(own, leaves, in_work.get(program, grads), *values)
                 return new
+            held = {at: here[at] for at in program.bucket.params if at in self.plan.held}
+            leaves = [held.get(at, leaf) for at, leaf in zip(program.fetched, leaves, strict=True)]
             new = program(leaves, grads, *values)
-            for grad in grads:
-                if not grad.is_deleted():
-                    grad.delete()
+            if index == program.num_rounds - 1:
+                for array in (*grads, *held.values()):
+                    if not array.is_deleted():
+                        array.delete()
             return new
 
         return update
+
+
+def keeps(options: Options) -> bool:
+    """Whether the state that came in stays until all is well."""
+    return any(one.can_fail for one in options.tiers.values())
+
+
+def lower(fn: TrainStep, plan: Update, options: Options, statics: Statics, batch: tuple[Any, ...]) -> tuple[Any, Trace]:
+    """The gradient program, lowered."""
+    step = offloaded.gradient_step(fn, plan)
+    return programs.lower(step, options, plan.rest_layout, statics, batch, keeps_params=keeps(options))
 
 
 def _let_go(old: list[Any], new: dict[int, Any]) -> None:
@@ -96,6 +138,9 @@ def report(program: StreamedProgram, found: Report) -> Report:
     for row in rows:
         at_rest[row["memory"]] = at_rest.get(row["memory"], 0) + row["bytes_per_device"]
     resting = {role: {name: size or 0 for name, size in figure.items()} for role, figure in found.bytes_at_rest.items()}
+    bringing = program.bringing
+    if bringing.groups:
+        resting["params"] = _without(resting["params"], bringing.layout, bringing.at_rest.in_files, program.options)
     beside = {index for index in plan.arrays if layout.places[index] is None}
     for bucket in program.buckets:
         own, opt_state, *_ = bucket.compiled.input_shardings[0]
@@ -109,8 +154,12 @@ def report(program: StreamedProgram, found: Report) -> Report:
     buckets = [_figures(bucket) for bucket in program.buckets]
     grads = sum(row["grad_bytes"] for row in buckets)
     pairs = [sum(row["held_bytes"] for row in buckets[at : at + 2]) for at in range(len(buckets))]
-    first = found.temp_bytes + grads + (pairs[0] if pairs else 0)
-    updates = [grads + pair + row["temp_bytes"] for pair, row in zip(pairs, buckets, strict=True)]
+    first = bringing.brought_bytes + found.temp_bytes + grads + (pairs[0] if pairs else 0)
+    shard = lambda index: audit.shard_bytes(layout.avals[index], layout.on_device[index])
+    in_files = [index for index, place in enumerate(layout.places) if place and place.kind == NVME]
+    frozen = {index for index, trains in enumerate(plan.mask) if not trains}  # parameters come first in a TrainState
+    held = sum(map(shard, plan.held)) + (sum(map(shard, beside)) if program.keeps else 0)
+    updates = [held + grads + pair + row["temp_bytes"] for pair, row in zip(pairs, buckets, strict=True)]
     temp = max(first, *updates)
     on_device = sum(figure["measured"] for figure in resting.values())
     offload = {
@@ -118,6 +167,10 @@ def report(program: StreamedProgram, found: Report) -> Report:
         "bucket_bytes": plan.bucket_bytes,
         "buckets": buckets,
         "moved_bytes": sum(row["moved_bytes"] for row in buckets),
+        "file_bytes": sum(shard(index) * (1 if index in frozen else 2) for index in in_files),
+        "brought_bytes": bringing.read_bytes,
+        "brought_in": len(bringing.groups),
+        "held_bytes": sum(map(shard, plan.held)),
         "gradient_temp_bytes": found.temp_bytes,
         "grad_bytes": grads,
         "places": {tier.name: tier.describe() for tier in program.options.tiers.values()},
@@ -125,9 +178,32 @@ def report(program: StreamedProgram, found: Report) -> Report:
     }
     return replace(
         found, bytes_at_rest=resting, temp_bytes=temp, peak_bytes=on_device + temp, leaves=rows, offload=offload,
-        findings=[*found.findings, *(line for tier in program.options.tiers.values() for line in tier.findings)],
-        num_compiled=found.num_compiled + len(program.buckets),
+        findings=[*found.findings, *_kept(program, sum(map(shard, beside))), *_of_tiers(program.options)],
+        num_compiled=found.num_compiled + len(program.buckets) + bringing.num_programs,
     )  # fmt: skip
+
+
+def _of_tiers(options: Options) -> list[str]:
+    return [line for tier in options.tiers.values() for line in tier.findings]
+
+
+def _kept(program: StreamedProgram, num_bytes: int) -> list[str]:
+    """What a step that may fail costs where moments rest on the device."""
+    if not program.keeps or not num_bytes:
+        return []
+    return [
+        f"{num_bytes:,} bytes of moments rest on the device beside leaves in files: until these are written the old ones stay "
+        "there beside the new, so that a step that fails loses nothing"
+    ]
+
+
+def _without(figure: dict[str, int], layout: Layout, numbers: Sequence[int], options: Options) -> dict[str, int]:
+    """Bytes at rest without some leaves, which the gradient program takes and which are gone after the step."""
+    found = dict(figure)
+    for index in numbers:
+        found["measured"] -= audit.shard_bytes(layout.avals[index], layout.on_device[index])
+        found["formula"] -= num_bytes(layout.avals[index]) // reporting.num_pieces(layout.placements[index].spec, options)
+    return found
 
 
 def _figures(one: SlicedProgram) -> dict[str, int]:
@@ -136,10 +212,12 @@ def _figures(one: SlicedProgram) -> dict[str, int]:
     beyond = memory.output_size_in_bytes - memory.alias_size_in_bytes
     shape = lambda index: jax.ShapeDtypeStruct(layout.avals[index].shape, one.plan.accumulate_dtype)
     grads = [audit.shard_bytes(shape(index), layout.on_device[index]) for index in one.bucket.params]
+    already = [index for index in one.bucket.params if index in one.plan.held]
+    held = sum(audit.shard_bytes(layout.avals[index], layout.on_device[index]) for index in already)
     return {
         "leaves": len(one.members),
         "moved_bytes": one.bucket.moved_bytes,
-        "held_bytes": 0 if one.slices else one.held_bytes,  # of slices: in temp_bytes
+        "held_bytes": 0 if one.slices else one.held_bytes - held // one.num_rounds,  # of slices: in temp_bytes
         "slices": one.slices.num if one.slices else one.num_rounds,
         "grad_bytes": sum(grads),
         "temp_bytes": int(memory.temp_size_in_bytes) + max(int(beyond), 0),

@@ -1,5 +1,6 @@
 """`jzero.Offload`: which part of a step rests off the device, checked when it is written."""
 
+import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class Offload:
 
     Args:
       opt_state: the optimizer's arrays: `"host"` (pinned host memory), `"nvme:FOLDER"` or None (the device).
-      params: the parameters at rest, which are the fp32 masters: likewise.
+      params: the parameters at rest, which are the fp32 masters: likewise. In files they and `opt_state` may share a folder.
       activations: what the forward pass saves for the backward pass: `"host"` or None.
       fraction: of the bytes of `opt_state` and `params` that go; the rest stays on the device. Whole leaves stay: those
         whose moving costs most time per byte, which are the smallest, and then as many as fit.
@@ -96,4 +97,4 @@ def parse(name: str, text: str | None) -> Place | None:
     if kind == NVME and not folder:
         fix = 'Write "nvme:/data/swap", a folder on the disk that is to hold the files.'
         raise ValueError(explain(WHO, f"{name}= names no folder", found=[f"{name}={text!r}"], fix=fix))
-    return Place(kind, folder)
+    return Place(kind, os.path.normpath(folder) if folder else "")

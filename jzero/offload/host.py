@@ -1,13 +1,14 @@
 """Pinned host memory: leaves at rest are ordinary arrays whose sharding names the memory kind."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 
 from jzero._errors import columns, explain
 from jzero._tree import num_bytes
+from jzero.offload.tier import Trip
 
 WHO = "jzero.Offload"
 KIND = "pinned_host"
@@ -34,7 +35,7 @@ class HostTier:
 
     name = KIND
 
-    def check(self, leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]]) -> None:
+    def check(self, leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]], still: Collection[str] = ()) -> None:
         check_kind(leaves)
         check_room(leaves)
 
@@ -54,17 +55,23 @@ class HostTier:
     def describe(self) -> dict[str, Any]:
         return {}
 
-    def begin(self, step: int, buckets: Sequence[Sequence[Any]]) -> None:
+    def begin(self, step: int, trips: Sequence[Trip]) -> None:
         pass
 
-    def fetch(self, leaves: Sequence[jax.Array], shardings: Sequence[Any]) -> Copies:
-        return Copies(_copied(leaves, shardings))
+    def fetch(self, trip: Trip, shardings: Sequence[Any]) -> Copies:
+        return Copies(_copied(trip.comes, shardings))
 
-    def put_back(self, leaves: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> Copies:
+    def put_back(self, trip: Trip, arrays: Sequence[jax.Array]) -> Copies:
         targets = [array.sharding.with_memory_kind(KIND) for array in arrays]
         return Copies(_copied(arrays, targets), arrays)
 
+    def settle(self) -> None:
+        pass
+
     def end(self) -> None:
+        pass
+
+    def undo(self) -> None:
         pass
 
     def cancel(self) -> None:

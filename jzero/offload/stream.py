@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jzero.offload.asked import Place
-from jzero.offload.tier import Moving, Tier
+from jzero.offload.tier import Moving, Tier, Trip
 
 
 class Leaves(NamedTuple):
@@ -15,6 +15,7 @@ class Leaves(NamedTuple):
     at_rest: list[Any]
     shardings: Sequence[Any]  # on the device
     places: Sequence[Place | None]
+    here: Sequence[bool] = ()  # that are on the device already, and only leave
 
 
 class Journey:
@@ -26,26 +27,24 @@ class Journey:
             place: [index for index, where in enumerate(leaves.places) if where == place]
             for place in dict.fromkeys(where for where in leaves.places if where is not None)
         }
-
-    def _of(self, place: Place, values: Sequence[Any]) -> list[Any]:
-        return [values[index] for index in self.members[place]]
-
-    def at_rest(self, place: Place) -> list[Any]:
-        """The leaves that rest at one place."""
-        return self._of(place, self.leaves.at_rest)
+        here = leaves.here or [False] * len(leaves.places)
+        self.coming = {place: [index for index in members if not here[index]] for place, members in self.members.items()}
+        at_rest = lambda members: [leaves.at_rest[index] for index in members]
+        self.trips = {place: Trip(at_rest(self.coming[place]), at_rest(self.members[place])) for place in self.members}
 
     def arrive(self) -> "Arriving":
-        at_rest, shardings = self.leaves.at_rest, self.leaves.shardings
+        shardings = self.leaves.shardings
         moving = {
-            place: self.tiers[place].fetch(self._of(place, at_rest), self._of(place, shardings)) for place in self.members
+            place: self.tiers[place].fetch(self.trips[place], [shardings[index] for index in coming])
+            for place, coming in self.coming.items()
         }
         return Arriving(self, moving)
 
     def leave(self, arrays: Sequence[jax.Array]) -> "Leaving":
         """Starts to put the new arrays where the old leaves rest; those that rest on the device stay."""
         moving = {
-            place: self.tiers[place].put_back(self._of(place, self.leaves.at_rest), self._of(place, arrays))
-            for place in self.members
+            place: self.tiers[place].put_back(self.trips[place], [arrays[index] for index in members])
+            for place, members in self.members.items()
         }
         return Leaving(self, list(arrays), moving)
 
@@ -55,10 +54,11 @@ class Journey:
             if place is not None and isinstance(leaf, jax.Array):
                 leaf.delete()
 
-    def merged(self, values: list[Any], moving: dict[Place, Moving]) -> list[Any]:
+    @staticmethod
+    def merged(values: list[Any], moving: dict[Place, Moving], members: Mapping[Place, list[int]]) -> list[Any]:
         found = list(values)
         for place, one in moving.items():
-            for index, value in zip(self.members[place], one.result(), strict=True):
+            for index, value in zip(members[place], one.result(), strict=True):
                 found[index] = value
         return found
 
@@ -68,7 +68,8 @@ class Arriving(NamedTuple):
     moving: dict[Place, Moving]
 
     def result(self) -> list[jax.Array]:
-        return self.journey.merged(self.journey.leaves.at_rest, self.moving)
+        """All leaves of the bucket; those that were here already as they rest, for whoever has them."""
+        return self.journey.merged(self.journey.leaves.at_rest, self.moving, self.journey.coming)
 
     def drop(self) -> None:
         """Nobody needs them."""
@@ -83,7 +84,7 @@ class Leaving(NamedTuple):
     moving: dict[Place, Moving]
 
     def result(self) -> list[Any]:
-        return self.journey.merged(self.arrays, self.moving)
+        return self.journey.merged(self.arrays, self.moving, self.journey.members)
 
 
 class Stream:
@@ -96,10 +97,14 @@ class Stream:
         self.journeys = [Journey(leaves, tiers) for leaves in buckets]
         self.tiers, self.gives_up, self.arriving = tiers, gives_up, []
 
-    def start(self, step: int) -> None:
-        """`step`: updates made so far."""
+    def begin(self, step: int, first: Mapping[Place, Sequence[Trip]] | None = None) -> None:
+        """Say what will travel. `step`: updates made so far; `first`: what is brought before the buckets."""
         for place, tier in self.tiers.items():
-            tier.begin(step, [journey.at_rest(place) for journey in self.journeys if place in journey.members])
+            trips = [journey.trips[place] for journey in self.journeys if place in journey.trips]
+            tier.begin(step, [*(first or {}).get(place, ()), *trips])
+
+    def start(self) -> None:
+        """Send the first two on their way."""
         self.arriving = [journey.arrive() for journey in self.journeys[: self.AHEAD]]
 
     def cancel(self) -> None:
@@ -131,6 +136,19 @@ class Stream:
                 journey.give_up()
             if number + self.AHEAD < len(self.journeys):
                 self.arriving.append(self.journeys[number + self.AHEAD].arrive())
-        for tier in self.tiers.values():
-            tier.end()
+        self._end()
         return left
+
+    def _end(self) -> None:
+        """All places or none: what may fail for want of room comes before the first of them counts its new leaves."""
+        for tier in self.tiers.values():
+            tier.settle()
+        ended: list[Tier] = []
+        try:
+            for tier in self.tiers.values():
+                tier.end()
+                ended.append(tier)
+        except BaseException:
+            for tier in ended:
+                tier.undo()
+            raise

@@ -1,31 +1,42 @@
 """What a place must be able to do to hold a part of the state: the seam between the step's driver and where leaves rest.
 
 A step with offload is several programs. The first computes the gradient and whatever the update needs of all leaves
-together; it never sees the leaves that rest elsewhere (`params` in host memory apart, which it fetches at use). Then the driver
-(`jzero/offload/stream.py`) walks the buckets, a bucket being some leaves of the state that are updated together:
+together; it never sees the leaves that rest elsewhere, parameters apart: those in host memory it fetches itself, those in files
+are brought before it. Then the driver (`jzero/offload/stream.py`) walks the buckets, a bucket being some leaves of the state
+that are updated together. A `Trip` is what one place has of a bucket, or of what is brought:
 
-    tier.begin(step, buckets)                     before the first fetch, with all that will be fetched, in order
-    arriving = tier.fetch(leaves, shardings)      returns at once; called for bucket i + 1 while bucket i is computed
+    tier.begin(step, trips)                       before the first fetch, with every trip of the step, in order
+    arriving = tier.fetch(trip, shardings)        returns at once; called for bucket i + 1 while bucket i is computed
     arrays = arriving.result()                    arrays on the device, or on their way there
-    leaving = tier.put_back(leaves, arrays)       returns at once; `arrays` are the tier's now, to delete when they are copied
+    leaving = tier.put_back(trip, arrays)         returns at once; `arrays` are the tier's now, to delete when they are copied
     leaving.result()                              the leaves at rest; the device memory of `arrays` is free again
-    tier.end()                                    every bucket has left: make it one consistent whole, or raise
-    tier.cancel()                                 instead of it, where the step was skipped or failed
+    tier.settle()                                 every bucket has left: wait until all of it is safe beside the old, or raise
+    tier.end()                                    it counts from here on: one consistent whole, or raise
+    tier.undo()                                   it does not after all: another place failed to end
+    tier.cancel()                                 instead of all this, where the step was skipped or failed
 
 At most two buckets are on the device at any time: the driver asks for bucket i + 2 only after bucket i's `leaving.result()`.
-All calls come from one thread, in order; what runs beside it is the tier's affair.
+A trip that only comes takes no room in the tier once its `result()` is there; one that also goes keeps its room until it is
+safe. All calls come from one thread, in order; what runs beside it is the tier's affair.
 
 A leaf at rest is what `place` returns: for the host tier an ordinary `jax.Array` in `pinned_host`; for a tier of files an
 array-like with `shape`, `dtype`, `sharding` (of the array it becomes when fetched) and `__array__`, a pytree leaf like any
 other, which knows its own path.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from jzero.offload.asked import HOST, NVME, Place
+
+
+class Trip(NamedTuple):
+    """Leaves of one place that travel together in a step. What goes and does not come was on the device already."""
+
+    comes: Sequence[Any]
+    goes: Sequence[Any] = ()  # all that come, or none of them
 
 
 class Moving(Protocol):
@@ -53,11 +64,12 @@ class Tier(Protocol):
         """Figures of this place for the report, as plain data."""
         ...
 
-    def check(self, leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]]) -> None:
+    def check(self, leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]], still: Collection[str] = ()) -> None:
         """Refuse what cannot be held, before anything is allocated: a five-part error that names the setting to change.
 
         Args:
           leaves: `(path, leaf)` of everything that is to rest here; each leaf knows its sharding on the device.
+          still: paths of those that no step changes (parameters that do not train).
         """
         ...
 
@@ -74,17 +86,23 @@ class Tier(Protocol):
         """Whether a step may fail here for reasons of its own (a full disk). Then it leaves the state it was given intact."""
         ...
 
-    def begin(self, step: int, buckets: Sequence[Sequence[Any]]) -> None:
-        """`step`: updates made so far. `buckets`: the leaves that will be fetched together, in order."""
+    def begin(self, step: int, trips: Sequence[Trip]) -> None:
+        """`step`: updates made so far. `trips`: all that will be fetched, in order; a trip is known by itself from here on."""
         ...
 
-    def fetch(self, leaves: Sequence[Any], shardings: Sequence[Any]) -> Moving: ...
-
-    def put_back(self, leaves: Sequence[Any], arrays: Sequence[jax.Array]) -> Moving:
-        """`leaves` are the old ones at rest, in the same order as `arrays`, for their paths and buffers."""
+    def fetch(self, trip: Trip, shardings: Sequence[Any]) -> Moving:
+        """What comes, onto the device; `shardings` are of these leaves."""
         ...
+
+    def put_back(self, trip: Trip, arrays: Sequence[jax.Array]) -> Moving:
+        """`arrays` take the place of what goes, in its order; the old leaves say their paths and buffers."""
+        ...
+
+    def settle(self) -> None: ...
 
     def end(self) -> None: ...
+
+    def undo(self) -> None: ...
 
     def cancel(self) -> None: ...
 

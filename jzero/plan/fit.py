@@ -97,7 +97,8 @@ def _offloads(job: Job) -> Iterator[tuple[str, Job]]:
     """What takes more off the device, or from a short host memory to a drive."""
     own = fields_of(job.offload) if job.offload else {}
     wanted: list[dict[str, Any]] = [{"opt_state": "host"}, {"opt_state": "host", "params": "host"}]
-    wanted += [{"opt_state": f"nvme:{_FOLDER}"}] if hosts.room_of(job).disk_bytes else []
+    on_drive = {"opt_state": f"nvme:{_FOLDER}"}
+    wanted += [on_drive, on_drive | {"params": f"nvme:{_FOLDER}"}] if hosts.room_of(job).disk_bytes else []
     wanted += [{"fraction": share} for share in _FRACTIONS if "opt_state" in own or "params" in own]
     for fields in wanted:
         asked: dict[str, Any] = own | fields

@@ -119,8 +119,9 @@ class Job(NamedTuple):
     def program(self) -> dict[str, Any]:
         """What the compiled program follows from: no budgets, and no folder's name."""
         offload = self.offload
-        if offload is not None and (place := offload.place_of("opt_state")) is not None and place.kind == NVME:
-            fields = names.fields_of(offload) | {"opt_state": f"{NVME}:swap"}
+        if offload is not None:
+            folder = f"{NVME}:swap"
+            fields: dict[str, Any] = names.fields_of(offload) | dict.fromkeys(_in_files(offload), folder)
             offload = Offload(**fields)
         return self._replace(host_memory=None, disk=None, disk_bandwidth=None, offload=offload).to_dict()
 
@@ -178,15 +179,14 @@ def make(
     )  # fmt: skip
 
 
+def _in_files(offload: Offload) -> list[str]:
+    """The roles that rest on a drive."""
+    return [role for role in ("opt_state", "params") if (place := offload.place_of(role)) and place.kind == NVME]
+
+
 def _check_offload(offload: Offload | None, axes: dict[str, int], remat: str, disk_bandwidth: int | None) -> None:
     """What `jzero.shard` would refuse, and a setting without effect."""
-    place = offload.place_of("opt_state") if offload else None
-    on_disk = place is not None and place.kind == NVME
-    params = offload.place_of("params") if offload else None
-    if params is not None and params.kind == NVME:
-        found, fix = [f"params={params}"], "Write params=host, or leave it out."
-        raise NotImplementedError(explain(WHO, "parameters cannot rest on NVMe: every step reads them", found=found, fix=fix))
-    if disk_bandwidth is not None and not on_disk:
+    if disk_bandwidth is not None and not (offload and _in_files(offload)):
         found, fix = [f"--disk-bandwidth {disk_bandwidth}"], "Add --offload opt_state=nvme:FOLDER, or leave it out."
         raise ValueError(explain(WHO, "a setting would have no effect", found=found, fix=fix))
     if offload is None or offload.activations is None:

@@ -3,6 +3,8 @@
 The gradient program gives out gradients in the accumulation dtype, so they are whole beside its temporaries. Then buckets of
 parameters and moments are updated one after the other, two on the device at a time (`jzero/offload/stream.py`); a leaf larger
 than a bucket goes by slices, if the engine can slice it there (`jzero/offload/slices.py`, `jzero/engine/by_slices.py`).
+Parameters in files are brought before the gradient; cast to the dtype of the computation, or else as they are, and then the
+update need not read them again (`jzero/engine/bringing.py`).
 """
 
 from typing import Any, NamedTuple
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jzero import precision as precisions
 from jzero import stages
 from jzero.engine import by_slices
 from jzero.engine import resting as engine_resting
@@ -35,11 +38,17 @@ class Trip(NamedTuple):
     disk: int
     num: int = 1
     in_program: bool = False  # slices of host memory fetched by the update's own program, in turns with their way back
+    here: int = 0  # of `disk`, what only leaves: parameters that were brought for the gradient and are still there
+
+    @property
+    def read(self) -> int:
+        """From the drive."""
+        return self.disk - self.here
 
     @property
     def held(self) -> int:
         """What of it is on the device when it has arrived."""
-        return 0 if self.in_program else (self.host + self.disk) // self.num
+        return 0 if self.in_program else (self.host + self.read) // self.num
 
     @property
     def worked(self) -> int:
@@ -52,8 +61,9 @@ class Away(NamedTuple):
 
     gone: dict[str, int]  # role -> bytes that the device does not have
     trips: list[Trip]  # bucket by bucket
-    fetched: int  # parameters that the gradient program brings in when a step begins
-    largest_param: int  # of those, one leaf
+    fetched: int  # parameters that come when a step begins, from host memory or files
+    brought: tuple[int, ...]  # of those what comes from files, trip by trip
+    largest_param: int  # of those, one leaf, or trip
     grads: int  # handed from program to program
     activations: int  # of a microbatch, in host memory
     kept_activations: int  # of them on the device: two layers', one on its way and one in use
@@ -65,13 +75,24 @@ class Away(NamedTuple):
 
     @property
     def disk_moved(self) -> int:
+        """What buckets write to files."""
         return sum(trip.disk for trip in self.trips)
+
+    @property
+    def disk_read(self) -> int:
+        """What buckets read of them."""
+        return sum(trip.read for trip in self.trips)
+
+    @property
+    def still_here(self) -> int:
+        """Parameters that stay on the device from the gradient to their update."""
+        return sum(trip.here for trip in self.trips)
 
     @property
     def pool(self) -> int:
         """Of the NVMe tier: lanes as large as the largest piece."""
-        pieces = [trip.disk // trip.num for trip in self.trips if trip.disk]
-        rounds = sum(trip.num for trip in self.trips if trip.disk)
+        pieces = [*self.brought, *(trip.disk // trip.num for trip in self.trips if trip.disk)]
+        rounds = len(self.brought) + sum(trip.num for trip in self.trips if trip.disk)
         return min(NUM_LANES, rounds) * max(pieces, default=0)
 
     @property
@@ -129,8 +150,47 @@ def away(job: Job) -> Away | None:
     fetched = [amount for number, amount in going.items() if number < len(found)]
     grads = size.accumulate * moment.elements(found, job.zero if stage.shard_params else None)
     saved, kept = _activations(job, size)
-    return Away(gone, _trips(job, found, going) if going else [], sum(fetched), max(fetched, default=0),
-                grads if going else 0, saved, kept)  # fmt: skip
+    trips = _trips(job, found, going) if going else []
+    brought = _brought(job, found, going) if _on_disk(job, "params") else []
+    largest = max(brought or fetched, default=0)
+    return Away(gone, trips, sum(fetched), tuple(brought), largest, grads if going else 0, saved, kept)
+
+
+def _on_disk(job: Job, role: str) -> bool:
+    place = job.offload.place_of(role) if job.offload is not None else None
+    return place is not None and place.kind == NVME
+
+
+def _order(found: tuple[Leaf, ...]) -> list[int]:
+    """The engine's order of parameters."""
+    return sorted(range(len(found)), key=lambda index: (not found[index].is_layer, found[index].name))
+
+
+def _wanted(job: Job, found: tuple[Leaf, ...], going: dict[int, int]) -> int:
+    """The size of a bucket."""
+    assert job.offload is not None
+    rows = [row for row, role in enumerate(_ROLES) if _on_disk(job, role)]
+    in_files = sum(going.get(row * len(found) + index, 0) for row in rows for index in range(len(found)))
+    return job.offload.bucket_bytes or engine_resting.in_reach(packing.DEFAULT_BYTES, in_files)
+
+
+def _brought(job: Job, found: tuple[Leaf, ...], going: dict[int, int]) -> list[int]:
+    """The engine's trips of parameters before the gradient: as many to one as fit a bucket, large ones by rows."""
+    wanted, trips, room = _wanted(job, found, going), [], 0
+    for index in (index for index in _order(found) if index in going):
+        size, num = going[index], 1
+        if size > wanted:
+            cut = by_slices.rows(
+                [_array(found[index], moment.sizes(job).param)], _placed(job, found[index]), -(-size // wanted)
+            )
+            num = cut.num if cut else 1
+        for _ in range(num):
+            if size // num > room:
+                trips.append(0)
+                room = wanted
+            trips[-1] += size // num
+            room -= size // num
+    return trips
 
 
 def _activations(job: Job, size: moment.Sizes) -> tuple[int, int]:
@@ -143,23 +203,18 @@ def _activations(job: Job, size: moment.Sizes) -> tuple[int, int]:
 
 def _trips(job: Job, found: tuple[Leaf, ...], going: dict[int, int]) -> list[Trip]:
     """The engine's buckets, in its order."""
-    assert job.offload is not None
-    order = sorted(range(len(found)), key=lambda index: (not found[index].is_layer, found[index].name))
-    place = job.offload.place_of("opt_state")
-    on_disk = place is not None and place.kind == NVME
+    order, wanted, size = _order(found), _wanted(job, found, going), moment.sizes(job)
     parts = {index: [going.get(row * len(found) + index, 0) for row in range(3)] for index in order}
-    in_files = sum(sum(amounts[1:]) for amounts in parts.values()) if on_disk else 0
-    wanted = job.offload.bucket_bytes or engine_resting.in_reach(packing.DEFAULT_BYTES, in_files)
-    groups = [Bucket((index,), (index,), sum(parts[index])) for index in order]
+    rows = [row for row, role in enumerate(_ROLES) if _on_disk(job, role)]
+    is_held = _on_disk(job, "params") and size.param == size.compute
     trips = []
-    for bucket in packing.pack(groups, wanted):
-        of_disk = sum(sum(parts[index][1:]) for index in bucket.params) if on_disk else 0
+    for bucket in packing.pack([Bucket((index,), (index,), sum(parts[index])) for index in order], wanted):
+        of_disk = sum(parts[index][row] for index in bucket.params for row in rows)
+        here = sum(parts[index][0] for index in bucket.params) if is_held else 0
         num, in_program = 1, False
         if bucket.moved_bytes > wanted:
-            num, in_program = _pieces(
-                job, found[bucket.params[0]], parts[bucket.params[0]], bucket.moved_bytes, wanted, on_disk
-            )
-        trips.append(Trip(bucket.moved_bytes - of_disk, of_disk, num, in_program))
+            num, in_program = _pieces(job, found[bucket.params[0]], parts[bucket.params[0]], bucket.moved_bytes, wanted)
+        trips.append(Trip(bucket.moved_bytes - of_disk, of_disk, num, in_program, here))
     return trips
 
 
@@ -177,27 +232,39 @@ class _Placed(NamedTuple):
         return tuple(found)
 
 
-def _pieces(job: Job, leaf: Leaf, parts: list[int], moved: int, wanted: int, on_disk: bool) -> tuple[int, bool]:
-    """In how many pieces a leaf larger than a bucket goes, and whether inside its program."""
+def _array(leaf: Leaf, num_bytes: int) -> Any:
+    """A leaf as it lies in files, of as many bytes an element."""
+    shape = (leaf.repeats, *leaf.shape) if leaf.is_layer else leaf.shape
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(f"uint{8 * num_bytes}"))
+
+
+def _placed(job: Job, leaf: Leaf) -> Any:
+    """How it is sharded."""
     split = leaf.split(job.zero)
     taken = {dim for dim in (split.dim, split.sequence_dim) if dim is not None}
     taken |= {leaf.tensor_dim} if leaf.num_pieces > 1 else set()
     taken |= {leaf.expert_dim} if leaf.num_groups > 1 else set()
     spec = tuple("data" if dim in taken else None for dim in range(len(leaf.shape)))
-    shape = leaf.shape
     if leaf.is_layer:
-        shape, spec = (leaf.repeats, *shape), ("pipe" if job.pipe > 1 else None, *spec)
+        spec = ("pipe" if job.pipe > 1 else None, *spec)
         split = split._replace(dim=_behind(split.dim), sequence_dim=_behind(split.sequence_dim))
-    placed: Any = _Placed(spec, split)
-    size = moment.sizes(job)
-    if not on_disk:
-        cut = slices.cut(shape, placed, moved, wanted)
+    return _Placed(spec, split)
+
+
+def _pieces(job: Job, leaf: Leaf, parts: list[int], moved: int, wanted: int) -> tuple[int, bool]:
+    """In how many pieces a leaf larger than a bucket goes, and whether inside its program."""
+    placed, size = _placed(job, leaf), moment.sizes(job)
+    if precisions.get(job.precision).rounds_stochastically:
+        return 1, False  # its noise is a function of an element's place: no update of a slice is a slice of the update
+    in_files = [bool(amount) and _on_disk(job, role) for amount, role in zip(parts, _ROLES, strict=True)]
+    if not any(in_files):
+        cut = slices.cut(_array(leaf, 1).shape, placed, moved, wanted)
         return (cut.num, True) if cut else (1, False)
-    alike = size.param == size.accumulate
-    if parts[0] or not alike or not all(parts[1:]):  # parameters that travel too, or are not what gradients are: whole
+    rests_here = not parts[0] and size.param == size.accumulate
+    if not all(in_files[1:]) or not (in_files[0] or rests_here):  # what travels otherwise, or is not what gradients are: whole
         return 1, False
-    moments_of = [jax.ShapeDtypeStruct(shape, jnp.dtype(f"uint{8 * size.moment}"))] * 2
-    cut = by_slices.rows(moments_of, placed, -(-moved // wanted))
+    arrays = [_array(leaf, size.param)] * in_files[0] + [_array(leaf, size.moment)] * 2
+    cut = by_slices.rows(arrays, placed, -(-moved // wanted))
     return (cut.num, False) if cut else (1, False)
 
 
@@ -226,8 +293,11 @@ def moments(job: Job, away: Away, found: dict[str, Moment]) -> dict[str, Moment]
         one["sum of gradients"] = max(0, one["sum of gradients"] - away.grads)
         one.update(handed)
     worked = max(trip.worked for trip in away.trips)
-    every = during | {"update": {"gradients handed over": away.grads, "buckets": max(away.pair, worked)}}
-    if away.fetched:
+    update = {"gradients handed over": away.grads, "buckets": max(away.pair, worked)}
+    every = during | {"update": update | ({"working copy": away.still_here} if away.still_here else {})}
+    if away.brought:  # nothing else is there yet; one trip is cast while the next comes
+        every["fetch"] = {"working copy": during["head"]["working copy"], "largest trips": 2 * away.largest_param}
+    elif away.fetched:
         every["fetch"] = {"working copy": during["head"]["working copy"], "largest leaf": away.largest_param, **handed}
     return every
 

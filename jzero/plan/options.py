@@ -112,7 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--accumulate", type=int, default=1, help="microbatches per step")
     add("--remat", help="none, full or dots: what the backward pass computes again, per layer; default full")
     add("--schedule", help="of a pipeline: gpipe, 1f1b, interleaved, zb_h1 or breadth_first; default 1f1b")
-    add("--offload", help="opt_state=host,params=host,activations=host,fraction=0.8, or opt_state=nvme:/data/swap")
+    add(
+        "--offload",
+        help="opt_state=host,params=host,activations=host,fraction=0.8, or opt_state=nvme:/data/swap,params=nvme:/data/swap",
+    )
     add("--host-memory", help="of one host, such as 128GB; default the target's (jzero/plan/hosts.py)")
     add("--disk", help="of one host's drives, such as 4TB; default the target's")
     add("--disk-bandwidth", help="bytes per second of a host's drives, reads and writes together, such as 6GB")

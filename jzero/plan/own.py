@@ -11,8 +11,8 @@ import numpy as np
 from jzero import audit
 from jzero._errors import explain
 from jzero.mesh import axis_size, describe, make_mesh
-from jzero.offload.asked import NVME
 from jzero.offload.host import KIND
+from jzero.offload.nvme.array import DiskArray
 from jzero.pipeline import schedules
 from jzero.plan import hosts, refused
 from jzero.plan.result import Plan
@@ -122,8 +122,8 @@ def _plan_one(step: ShardedStep, state: Any, batch: tuple[Any, ...], target: str
 def _budgets(found: dict[str, Any], target: str, num_devices: int) -> dict[str, Any]:
     """What rests off the device, beside the device's share of its host."""
     at_rest, room = found.get("offload", {}).get("at_rest", {}), hosts.room_on(parse(target), num_devices)
-    on_disk = sum(size for place, size in at_rest.items() if place.startswith(NVME))
-    needs = {"host": Need(at_rest.get(KIND, 0), room.host_bytes), "disk": Need(2 * on_disk, room.disk_bytes)}
+    on_disk = found.get("offload", {}).get("file_bytes", 0)
+    needs = {"host": Need(at_rest.get(KIND, 0), room.host_bytes), "disk": Need(on_disk, room.disk_bytes)}
     return {name: one.to_dict() for name, one in needs.items() if one.need}
 
 
@@ -186,7 +186,7 @@ def abstract(tree: Any) -> Any:
 def _shape(leaf: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # without the sharding of another mesh
-    if isinstance(leaf, jax.Array | np.ndarray | np.generic):
+    if isinstance(leaf, jax.Array | DiskArray | np.ndarray | np.generic):
         return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True))
     return leaf
 

@@ -150,7 +150,10 @@ def _transfers(found: Mapping[str, Any] | None) -> list[str]:
     """What comes and goes, and how much of it nobody waits for."""
     if not found:
         return []
-    names = {"fetch_s": "parameters", "activations_s": "activations", "link_s": "update over the host link", "disk_s": "disk"}
+    names = {
+        "fetch_s": "parameters", "read_s": "parameters from files", "activations_s": "activations",
+        "link_s": "update over the host link", "disk_s": "disk",
+    }  # fmt: skip
     parts = ", ".join(f"{name} {_seconds(found[key])}" for key, name in names.items() if found[key])
     waited = f"{found['hidden']:.0%} of the transfers' time is hidden, {_seconds(found['waited_s'])} is not"
     return [f"  off the device: {parts}; {waited}"]

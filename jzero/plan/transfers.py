@@ -1,6 +1,7 @@
 """How long what rests off the device takes to come and go, and how much of it passes while the device computes.
 
-- Parameters at rest in host memory are fetched whole when a step begins; every layer waits for them.
+- Parameters at rest in host memory or files are fetched whole when a step begins; every layer waits for them. From files they
+  come through drive and link at once, at the rate of the slower.
 - Activations leave in the forward pass and come back in the backward pass, beside the layers.
 - Whole buckets of the update: while one leaves the next arrives, so only one direction is waited for; the first two arrive
   beside the gradient. Slices inside a program fetch and put back in turns: both directions are waited for.
@@ -17,12 +18,13 @@ from jzero.plan.offloads import Away
 class Transfer(NamedTuple):
     """Seconds per step of one device's transfers."""
 
-    fetch_s: float = 0.0  # parameters, at the start
+    fetch_s: float = 0.0  # parameters, at the start, from host memory
     activations_s: float = 0.0  # both ways
     link_s: float = 0.0  # of the update: host link, as the engine overlaps its directions
     disk_s: float = 0.0  # of the update: the drive's reads and writes, what is read beside the gradient left out
     alone_s: float = 0.0  # all of it, one after the other
     waited_s: float = 0.0  # what the step takes longer for it
+    read_s: float = 0.0  # parameters, at the start, from files
 
     @property
     def hidden(self) -> float:
@@ -35,14 +37,17 @@ class Transfer(NamedTuple):
 
 def transfer(away: Away, room: Room, *, compute_s: float, num_micro: int) -> Transfer:
     """`compute_s`: how long the gradient takes; `num_micro`: microbatches in it."""
-    fetch = away.fetched / room.link
+    from_files = sum(away.brought)
+    fetch = (away.fetched - from_files) / room.link
+    read = from_files / min(room.link, room.disk_bandwidth) if from_files else 0.0
     activations = 2 * away.activations * num_micro / room.link
     in_turns = sum(trip.host for trip in away.trips if trip.in_program)
     streamed = away.host_moved + away.disk_moved - in_turns
     link = (streamed + 2 * in_turns) / room.link
-    both = 2 * away.disk_moved / room.disk_bandwidth if away.disk_moved else 0.0
-    early = min(away.pool, away.disk_moved) / room.disk_bandwidth if away.disk_moved else 0.0
+    both = (away.disk_read + away.disk_moved) / room.disk_bandwidth if away.disk_moved else 0.0
+    early = min(away.pool, away.disk_read) / room.disk_bandwidth if away.disk_moved else 0.0
     disk = both - min(early, compute_s)
-    alone = fetch + activations + 2 * (away.host_moved + away.disk_moved) / room.link + both
-    waited = fetch + max(0.0, activations - compute_s) + max(link, disk)
-    return Transfer(fetch, activations, link, disk, alone, waited)
+    over_link = away.fetched + 2 * away.host_moved + away.disk_read + away.disk_moved
+    alone = over_link / room.link + activations + both + (from_files / room.disk_bandwidth if from_files else 0.0)
+    waited = fetch + read + max(0.0, activations - compute_s) + max(link, disk)
+    return Transfer(fetch, activations, link, disk, alone, waited, read)

@@ -67,6 +67,28 @@ def test_what_moves_is_gone_from_the_device():
     check_at_rest(report, memory, num_params, elements=3, on_host=1)
 
 
+def test_parameters_in_files_are_on_the_device_as_the_working_copy_alone():
+    """No byte of the state rests on the device; the gradient program takes bfloat16."""
+    files = "nvme:/data/swap"
+    report, memory, num_params = measured(layers=2, width=256, rows=8, opt_state=files, params=files)
+    assert at_rest(report) == 4  # adam's count
+    assert report.offload["at_rest"][files] == report.offload["moved_bytes"] == 12 * num_params // 16
+    assert report.offload["brought_bytes"] == 4 * num_params // 16
+    rows = 2 * 8 * 256 * 2  # of a device's batch
+    assert 0 <= memory.argument_size_in_bytes - 2 * num_params // 16 - rows <= 1024 * 16  # beside them scalars and keys
+
+
+@pytest.mark.slow
+def test_with_all_state_in_files_the_peak_falls_by_all_of_it_but_two_buckets():
+    size, files = {"layers": 16, "width": 2048, "rows": 128, "policy": "full"}, "nvme:/data/swap"
+    plain, _, num_params = measured(**size)
+    report, _, _ = measured(**size, opt_state=files, params=files, bucket_bytes=BUCKET_BYTES)
+    assert report.peak_bytes <= plain.peak_bytes - 12 * num_params // 16 + 2 * BUCKET_BYTES
+    assert any(row["slices"] > 1 for row in report.offload["buckets"])
+    for row in report.offload["buckets"]:
+        assert row["held_bytes"] + row["temp_bytes"] <= 1.02 * 2 * BUCKET_BYTES
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("params", [None, "host"])
 def test_temporaries_grow_by_two_buckets_at_most(params):

@@ -38,6 +38,10 @@ MIXES = {
     "both": {"opt_state": "host", "params": "host", "bucket_bytes": 2000},
     "nvme": {"opt_state": "nvme", "bucket_bytes": 1000},
     "nvme and host": {"opt_state": "nvme", "params": "host", "fraction": 0.8, "bucket_bytes": 4000},
+    "all in files": {"opt_state": "nvme", "params": "nvme", "bucket_bytes": 1000},
+    "params in files": {"params": "nvme", "fraction": 0.8, "bucket_bytes": 4000},
+    "params in files, opt in host": {"opt_state": "host", "params": "nvme", "bucket_bytes": 2000},
+    "two folders": {"opt_state": "nvme", "params": "nvme again"},
     "part": {"opt_state": "host", "params": "host", "fraction": 0.6, "bucket_bytes": 4000},
 }
 OPTIMIZERS = {
@@ -55,6 +59,12 @@ IN_SHORT = (  # on a network of two layers
     ("opt in buckets", 3, "8", "fp16", "adamw"),
     ("both", 1, "2", "fp32", "clipped"),
     ("nvme", 3, "8", "fp16", "multi_steps"),
+    ("all in files", 3, "8", "bf16", "adamw"),
+)
+BESIDE = (  # what `FACTORS` has not
+    ("all in files", 0, "2", "fp32", "adamw"),
+    ("all in files", 3, "3", "fp16", "frozen"),
+    ("params in files", 0, "1", "bf16-pure", "lamb"),
 )
 
 
@@ -77,13 +87,14 @@ TINY = Model(tiny.loss_fn, tiny.make_params, (tiny.batch(rows=48),))
 
 
 @functools.cache
-def swap_folder():
+def swap_folder(name):
     return tempfile.TemporaryDirectory()
 
 
 def offload(mix):
-    """What `mix` asks for; files go into a folder of this session."""
-    places = {name: f"nvme:{swap_folder().name}" if value == "nvme" else value for name, value in MIXES[mix].items()}
+    """What `mix` asks for; files go into folders of this session."""
+    is_file = lambda value: isinstance(value, str) and value.startswith("nvme")
+    places = {name: f"nvme:{swap_folder(value).name}" if is_file(value) else value for name, value in MIXES[mix].items()}
     return jzero.Offload(**places)
 
 
@@ -156,8 +167,15 @@ def test_offload_changes_no_number_in_full(entry):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("entry", [Entry(*one) for one in BESIDE], ids=lambda one: "-".join(map(str, one)))
+def test_offload_changes_no_number_at_stage_0_and_three_devices(entry):
+    check(entry, GPT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mix", ["both", "all in files"])
 @pytest.mark.parametrize("axis", ["pipe", "tensor", "sequence"])
-def test_offload_changes_no_number_on_a_further_axis(axis):
+def test_offload_changes_no_number_on_a_further_axis(axis, mix):
     params = functools.partial(small_pipeline.make_params, num_layers=4, tied=True)
     piped = Model(small_pipeline.model("mean"), params, small_gpt.batch())
     split = GPT._replace(loss=functools.partial(small_gpt.loss_of_pieces, "ring"))
@@ -166,4 +184,4 @@ def test_offload_changes_no_number_on_a_further_axis(axis):
     fn = jzero.make_train_step(model.loss, optax.adamw(1e-3), accumulate=2, clip_norm=1.0)
     mesh = jzero.make_mesh(data=4, **{axis: 2})
     options = {"stage": 3, "mesh": mesh, "rules": rules, "min_shard_elements": small_gpt.MIN_SHARD_ELEMENTS}
-    walk(jzero.shard(fn, **options), jzero.shard(fn, **options, offload=offload("both")), model)
+    walk(jzero.shard(fn, **options), jzero.shard(fn, **options, offload=offload(mix)), model)

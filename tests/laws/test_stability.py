@@ -12,7 +12,7 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jzero
-from jzero import audit
+from jzero import audit, remat
 
 STAGES = (0, 1, 2, 3)
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -265,3 +265,18 @@ def test_schedules_and_counters_keep_one_program():
             state, _ = step(state, tiny.batch())
             assert kinds(state) == at_first
         assert len(step._programs) == 1
+
+
+def test_a_second_step_of_the_same_loss_is_the_same_program():
+    """Where layers ask for the remat policy themselves: what jax remembers of a loss must not make it forget them."""
+
+    def layer(x, w):
+        return jnp.tanh(x @ w), None
+
+    def loss(w, x):
+        return jnp.sum(jax.lax.scan(remat.wrap_layer(layer), x, w)[0])
+
+    shapes = jax.ShapeDtypeStruct((4, 24, 24), jnp.float32), jax.ShapeDtypeStruct((8, 24), jnp.float32)
+    programs = [str(jax.make_jaxpr(jax.grad(remat.apply(loss, remat.get("full"))))(*shapes)) for _ in range(2)]
+    assert programs[0] == programs[1]
+    assert programs[0].count("remat") > 0

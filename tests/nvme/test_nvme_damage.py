@@ -26,7 +26,7 @@ def test_a_damaged_file_fails_the_step_and_is_named(step, damage):
     state, _ = train(step, make_state(step), 2)
     leaf = state.opt_state[0].nu["w2"]
     file, params = shard_file(leaf, 5), np.asarray(state.params["w2"])
-    payload = leaf.swap.slot * file.slot_bytes + file.header_bytes
+    payload = leaf.swap.slot(file) * file.slot_bytes + file.header_bytes
     if damage == "flipped":
         flip(file.path, payload + 17)
     elif damage == "truncated":
@@ -56,12 +56,12 @@ def test_a_swap_opens_again_only_as_it_was_left(tmp_path, step):
         shutil.copytree(made.folder, copy)
         change(copy / file.path.name)
 
-    slot_of_the_past = ((found.slot + 1) % 2) * file.slot_bytes
+    slot_of_the_past, slot = (one * file.slot_bytes for one in (found.next_slot(file), found.slot(file)))
     damaged(lambda path: flip(path, slot_of_the_past + file.header_bytes))
     swap.opened(copy, made.leaves)  # a flip in the slot that does not count harms nobody
     for change in (
-        lambda path: flip(path, found.slot * file.slot_bytes + 60),
-        lambda path: flip(path, found.slot * file.slot_bytes + file.header_bytes),
+        lambda path: flip(path, slot + 60),
+        lambda path: flip(path, slot + file.header_bytes),
         lambda path: flip(path.parent / swap.COMMIT, 40),
         lambda path: (path.parent / swap.COMMIT).unlink(),
         lambda path: os.truncate(path, file.slot_bytes),
@@ -82,7 +82,7 @@ def test_generations_are_never_mixed(step):
     file = made.files[2][3]
     with file.path.open("r+b") as opened:
         content = opened.read()
-        old, new = (slot * file.slot_bytes for slot in (made.next_slot, made.slot))
+        old, new = (slot(file) * file.slot_bytes for slot in (made.next_slot, made.slot))
         opened.seek(new)
         opened.write(content[old : old + file.slot_bytes])
     with pytest.raises(CorruptSwap, match=r"generation 2 of step 2, committed is generation 3 of step 3"):

@@ -76,10 +76,10 @@ def test_a_slow_disk_is_said_with_the_time_it_takes(tmp_path, monkeypatch):
     ticks = iter(range(100))
     speed = folder.measure(tmp_path, 2**20, clock=lambda: next(ticks))  # a second for each way
     assert speed.write_bytes_per_s == speed.read_bytes_per_s == 2**20
-    assert speed.seconds(2**22) == pytest.approx(8)
+    assert speed.seconds(2**22, 2**21) == pytest.approx(6)
     assert not (tmp_path / "trial").exists()
     with pytest.warns(UserWarning, match=r"(?s)this disk is slow: each step will wait at least 8.0 s.*writes 1 MB/s"):
-        folder.warn_if_slow(tmp_path, speed, 2**22)
+        folder.warn_if_slow(tmp_path, speed, 2**22, 2**22)
     monkeypatch.setattr(folder, "measure", lambda path, num_bytes: folder.Speed(10.0, 10.0, True))
     with pytest.warns(UserWarning, match="this disk is slow"):
         make_state(make_step(tmp_path / "swap"))

@@ -94,7 +94,7 @@ class DiskArray(NDArrayOperatorsMixin):
 
     def is_deleted(self) -> bool:
         """Whether a step has replaced these numbers."""
-        return self.generation != self._swap.generation
+        return self.generation != self._swap.generation_of(self._index)
 
     def check_alive(self) -> None:
         if self.is_deleted():
@@ -107,7 +107,7 @@ class DiskArray(NDArrayOperatorsMixin):
         self.check_alive()
         memory = direct.aligned(file.num_bytes)
         for (at, part), expected in zip(file.parts(memory), self._swap.sums(file), strict=True):
-            file.read(self._swap.slot, at, part, expected)
+            file.read(self._swap.slot(file), at, part, expected)
         self.check_alive()  # a step may have run beside this
         shape = [stop - start for start, stop in file.about["shard"]]
         return memory[: file.num_bytes].view(self.dtype).reshape(shape)

@@ -138,7 +138,7 @@ def check_room(path: Path, num_bytes: int, payload_bytes: int, leftover_bytes: i
     free = shutil.disk_usage(path).free + leftover_bytes
     if num_bytes > free:
         problem = f"the swap needs {num_bytes:,} bytes and {free:,} are free"
-        context = f"{payload_bytes:,} bytes of state in two generations, of which one is always whole"
+        context = f"{payload_bytes:,} bytes of state, in two generations where steps change it: one is always whole"
         share = max(free / num_bytes * 0.95, 0.01)
         fix = f"Free {num_bytes - free:,} bytes, name a larger disk, or offload less: fraction={share:.2f} would fit."
         raise said(OSError(errno.ENOSPC, ""), explain(WHO, problem, found=[str(path)], context=context, fix=fix))
@@ -151,9 +151,9 @@ class Speed(NamedTuple):
     read_bytes_per_s: float
     is_direct: bool
 
-    def seconds(self, num_bytes: int) -> float:
+    def seconds(self, read_bytes: int, written_bytes: int) -> float:
         """To read and write as many bytes, one after the other."""
-        return num_bytes / self.read_bytes_per_s + num_bytes / self.write_bytes_per_s
+        return read_bytes / self.read_bytes_per_s + written_bytes / self.write_bytes_per_s
 
 
 def measure(path: Path, num_bytes: int, clock: Callable[[], float] = time.perf_counter) -> Speed:
@@ -180,13 +180,13 @@ def measure(path: Path, num_bytes: int, clock: Callable[[], float] = time.perf_c
     return Speed(moved / seconds[0], moved / seconds[1], file.is_direct)
 
 
-def warn_if_slow(path: Path, speed: Speed, payload_bytes: int) -> None:
+def warn_if_slow(path: Path, speed: Speed, read_bytes: int, written_bytes: int) -> None:
     """Say what a step will cost on a disk that is no NVMe drive."""
-    slowest, seconds = min(speed.write_bytes_per_s, speed.read_bytes_per_s), speed.seconds(payload_bytes)
+    slowest, seconds = min(speed.write_bytes_per_s, speed.read_bytes_per_s), speed.seconds(read_bytes, written_bytes)
     if slowest < SLOW_BYTES_PER_S and seconds > SLOW_SECONDS:
         problem = f"this disk is slow: each step will wait at least {seconds:,.1f} s for it"
         how = "direct I/O" if speed.is_direct else "direct I/O is refused by this file system"
         rates = f"writes {speed.write_bytes_per_s / 1e6:,.0f} MB/s, reads {speed.read_bytes_per_s / 1e6:,.0f} MB/s"
-        context = f"{payload_bytes:,} bytes are read and written per step; {how}"
+        context = f"{read_bytes:,} bytes are read and {written_bytes:,} written per step; {how}"
         fix = "Name a folder on an NVMe drive, or offload less with fraction=."
         warnings.warn(explain(WHO, problem, found=[f"{path}: {rates}"], context=context, fix=fix), stacklevel=2)

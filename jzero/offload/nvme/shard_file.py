@@ -2,9 +2,10 @@
 
     slot 0: header | payload        slot 1: header | payload        each padded to whole blocks
 
-A step reads slot `g % 2` of generation g and writes the other; nothing that a reader could want is overwritten. A header says
-what the payload is, of which generation and optimizer step, and has an XXH3 of every part of it, so that a read of a part is
-verified on its own. Headers tell damage and mix-ups; which generation counts is said by the swap's commit alone.
+A step reads slot `g % 2` of generation g and writes the other; nothing that a reader could want is overwritten. A leaf that no
+step changes has one slot, which generation 0 fills for good. A header says what the payload is, of which generation and
+optimizer step, and has an XXH3 of every part of it, so that a read of a part is verified on its own. Headers tell damage and
+mix-ups; which generation counts is said by the swap's commit alone.
 """
 
 import functools
@@ -25,6 +26,7 @@ PART_BYTES = 2**23  # of one read or write, at most: enough for any drive, and s
 LEAST_BYTES = 2**20  # parts that would be smaller follow no rows
 _JSON_BYTES = 1024  # of a header without its sums and paths
 _SUM_BYTES = 20  # of one sum as JSON
+_OF_FILE = ("bytes", "file", "slots")  # of a layout's row, what is not about the leaf
 WHO = "jzero.Offload: nvme"
 
 
@@ -53,6 +55,18 @@ class ShardFile(NamedTuple):
     path: Path
     about: dict[str, Any]  # run, leaf, shape, dtype, shard ([start, stop] per dim)
     num_bytes: int
+    num_slots: int = 2  # 1: it is written when the state is placed, and never again
+
+    @classmethod
+    def of(cls, folder: Path, row: dict[str, Any]) -> "ShardFile":
+        """The file that a row of a swap's layout is about."""
+        about = {name: value for name, value in row.items() if name not in _OF_FILE}
+        return cls(folder / row["file"], about, row["bytes"], row["slots"])
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """As the layout has it."""
+        return {**self.about, "bytes": self.num_bytes, "file": self.path.name, "slots": self.num_slots}
 
     @property
     def part_bytes(self) -> int:
@@ -73,7 +87,11 @@ class ShardFile(NamedTuple):
 
     @property
     def file_bytes(self) -> int:
-        return 2 * self.slot_bytes
+        return self.num_slots * self.slot_bytes
+
+    def slot(self, generation: int) -> int:
+        """Where a generation of it lies."""
+        return generation % self.num_slots
 
     def create(self) -> None:
         """Make the file and claim its room, so that a full disk is met now and not in the middle of a step."""

@@ -2,7 +2,8 @@
 
 A generation is what one optimizer step leaves behind. Its shards go into the slots that the generation before does not use;
 when every one of them is on the drive, `commit.json` is replaced in one rename. A process that dies at any moment leaves either
-generation whole and named, never a mixture, and a step that fails leaves the one before it.
+generation whole and named, never a mixture, and a step that fails leaves the one before it. A leaf that no step changes is
+part of every generation as it was placed.
 """
 
 import json
@@ -31,10 +32,11 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     sharding: Any  # on the device
+    is_still: bool = False  # no step changes it
 
     @classmethod
-    def of(cls, path: str, aval: Any, sharding: Any) -> "Leaf":
-        return cls(path, tuple(aval.shape), np.dtype(aval.dtype), sharding)
+    def of(cls, path: str, aval: Any, sharding: Any, is_still: bool = False) -> "Leaf":
+        return cls(path, tuple(aval.shape), np.dtype(aval.dtype), sharding, is_still)
 
     def shards(self) -> dict[tuple[tuple[int, int], ...], list[Any]]:
         """`[start, stop]` per dim of each piece of this process -> the devices that hold it, in a fixed order."""
@@ -66,55 +68,72 @@ class Swap:
                 "shard": [list(one) for one in bounds],
             }  # fmt: skip
             num_bytes = int(np.prod(shape, dtype=np.int64)) * leaf.dtype.itemsize
-            found.append(ShardFile(self.folder / f"{index:05}-{number:03}.bin", about, num_bytes))
+            path = self.folder / f"{index:05}-{number:03}.bin"
+            found.append(ShardFile(path, about, num_bytes, 1 if leaf.is_still else 2))
         return found
 
     @property
-    def slot(self) -> int:
-        """Where the committed generation lies."""
-        return self.generation % 2
+    def every_file(self) -> list[ShardFile]:
+        return [file for files in self.files for file in files]
 
-    @property
-    def next_slot(self) -> int:
-        return (self.generation + 1) % 2
+    def generation_of(self, index: int) -> int:
+        """The generation of a leaf that counts now."""
+        return 0 if self.leaves[index].is_still else self.generation
+
+    def slot(self, file: ShardFile) -> int:
+        """Where what counts of a file lies."""
+        return file.slot(self.generation)
+
+    def next_slot(self, file: ShardFile) -> int:
+        return file.slot(self.generation + 1)
 
     @property
     def num_bytes(self) -> int:
-        """On the disk, both slots and headers."""
-        return sum(file.file_bytes for files in self.files for file in files)
+        """On the disk, all slots and headers."""
+        return sum(file.file_bytes for file in self.every_file)
 
     @property
     def payload_bytes(self) -> int:
-        """Of one generation: what a step reads, and writes."""
-        return sum(file.num_bytes for files in self.files for file in files)
+        """Of one generation: what a step reads."""
+        return sum(file.num_bytes for file in self.every_file)
+
+    @property
+    def written_bytes(self) -> int:
+        """What a step writes of it."""
+        return sum(file.num_bytes for file in self.every_file if file.num_slots > 1)
 
     def create(self) -> None:
         """Make all files at their full size. The folder is removed when nothing refers to the swap any more."""
         self.folder.mkdir(parents=True)
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        files = [file for own in self.files for file in own]
-        rows = [{**file.about, "bytes": file.num_bytes, "file": file.path.name} for file in files]
-        layout = {"run": self.run, "pid": os.getpid(), "leaves": rows}
+        layout = {"run": self.run, "pid": os.getpid(), "leaves": [file.row for file in self.every_file]}
         replace(self.folder / LAYOUT, layout)
-        for files in self.files:
-            for file in files:
-                file.create()
+        for file in self.every_file:
+            file.create()
         sync_folder(self.folder)
 
     def sums(self, file: ShardFile) -> list[str]:
         """Of the committed generation."""
-        return self._sums[self.slot, file.path]
+        return self._sums[self.slot(file), file.path]
 
     def finish(self, file: ShardFile, sums: list[str], step: int | None) -> None:
         """A shard of the next generation is written: its header, and wait for the drive."""
-        self._sums[self.next_slot, file.path] = sums
-        file.write_header(self.next_slot, generation=self.generation + 1, step=step, sums=sums)
+        assert file.num_slots > 1 or self.generation < 0, f"{file.path.name} never changes"
+        slot = self.next_slot(file)
+        self._sums[slot, file.path] = sums
+        file.write_header(slot, generation=self.generation + 1, step=step, sums=sums)
 
     def commit(self, step: int | None) -> None:
         """The next generation, every shard of which is finished, is the one that counts."""
-        missing = [file.path.name for files in self.files for file in files if (self.next_slot, file.path) not in self._sums]
+        missing = [file.path.name for file in self.every_file if (self.next_slot(file), file.path) not in self._sums]
         assert not missing, f"{missing} were never written"
-        generation = self.generation + 1
+        self._say(self.generation + 1, step)
+
+    def take_back(self, step: int | None) -> None:
+        """The generation before, of that step, is the one that counts after all: nothing has been written over it yet."""
+        self._say(self.generation - 1, step)
+
+    def _say(self, generation: int, step: int | None) -> None:
         replace(self.folder / COMMIT, {"run": self.run, "generation": generation, "step": step})
         self.generation, self.step = generation, step
 
@@ -124,14 +143,9 @@ class Swap:
         Raises:
           CorruptSwap: the first file that is damaged, or of another generation than was committed.
         """
-        memory = direct.aligned(max((direct.padded(file.num_bytes) for files in self.files for file in files), default=0))
-        for files in self.files:
-            for file in files:
-                header = file.header(self.slot)
-                _check_generation(file, header, self.generation, self.step)
-                self._sums[self.slot, file.path] = header["xxh3"]
-                for (at, part), expected in zip(file.parts(memory), header["xxh3"], strict=True):
-                    file.read(self.slot, at, part, expected)
+        memory = direct.aligned(max((direct.padded(file.num_bytes) for file in self.every_file), default=0))
+        for file in self.every_file:
+            self._sums[self.slot(file), file.path] = _verified(file, memory, self.generation, self.step)
 
 
 def replace(path: Path, content: dict[str, Any]) -> None:
@@ -175,22 +189,24 @@ def contents(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """
     commit, leaves = load(folder / COMMIT), {}
     for row in load(folder / LAYOUT)["leaves"]:
-        about = {name: value for name, value in row.items() if name not in ("bytes", "file")}
-        file, slot = ShardFile(folder / row["file"], about, row["bytes"]), commit["generation"] % 2
-        header, memory = file.header(slot), direct.aligned(row["bytes"])
-        _check_generation(file, header, commit["generation"], commit["step"])
-        for (at, part), expected in zip(file.parts(memory), header["xxh3"], strict=True):
-            file.read(slot, at, part, expected)
+        file, memory = ShardFile.of(folder, row), direct.aligned(row["bytes"])
+        _verified(file, memory, commit["generation"], commit["step"])
         whole = leaves.setdefault(row["leaf"], np.zeros(row["shape"], row["dtype"]))
         bounds = tuple(slice(*one) for one in row["shard"])
         whole[bounds] = memory[: file.num_bytes].view(whole.dtype).reshape(whole[bounds].shape)
     return commit, leaves
 
 
-def _check_generation(file: ShardFile, header: dict[str, Any], generation: int, step: int | None) -> None:
-    if (header["generation"], header["step"]) != (generation, step):
+def _verified(file: ShardFile, memory: np.ndarray, generation: int, step: int | None) -> list[str]:
+    """A file's payload of the committed generation, read into memory; its sums."""
+    slot = file.slot(generation)
+    header, expected = file.header(slot), (generation, step) if file.num_slots > 1 else (0, None)
+    if (header["generation"], header["step"]) != expected:
         met = f"generation {header['generation']} of step {header['step']}"
-        raise file.corrupt(f"holds {met}, committed is generation {generation} of step {step}")
+        raise file.corrupt(f"holds {met}, committed is generation {expected[0]} of step {expected[1]}")
+    for (at, part), wanted in zip(file.parts(memory), header["xxh3"], strict=True):
+        file.read(slot, at, part, wanted)
+    return header["xxh3"]
 
 
 def opened(folder: Path, leaves: Sequence[Leaf]) -> Swap:
@@ -202,8 +218,7 @@ def opened(folder: Path, leaves: Sequence[Leaf]) -> Swap:
     """
     layout, commit = load(folder / LAYOUT), load(folder / COMMIT)
     swap = Swap(folder, leaves, run=layout["run"])
-    mine = [{**file.about, "bytes": file.num_bytes, "file": file.path.name} for files in swap.files for file in files]
-    if mine != layout["leaves"] or commit["run"] != swap.run:
+    if [file.row for file in swap.every_file] != layout["leaves"] or commit["run"] != swap.run:
         raise ValueError(explain(WHO, "this is the swap of another run", found=[str(folder)], fix="Name another folder."))
     swap.generation, swap.step = commit["generation"], commit["step"]
     swap.verify()

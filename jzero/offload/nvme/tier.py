@@ -1,7 +1,7 @@
 """Files as a place where leaves of the state rest: placed once, then moved through memory bucket by bucket in every step."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,25 +15,31 @@ from jzero._tree import short
 from jzero.offload.nvme import direct
 from jzero.offload.nvme import folder as folders
 from jzero.offload.nvme.array import DiskArray, DiskRows
-from jzero.offload.nvme.pipeline import Bucket, Pipeline, fill, on_devices
+from jzero.offload.nvme.pipeline import Load, Pipeline, fill, lane_bytes, on_devices
 from jzero.offload.nvme.pool import Pool
 from jzero.offload.nvme.shard_file import WHO, CorruptSwap, ShardFile
 from jzero.offload.nvme.swap import Leaf, Swap
+from jzero.offload.tier import Trip
 
 NUM_LANES = 4  # one is computed; one is read beside it, one is written, and one waits for either
 _LIVE: dict[Path, set[str]] = {}  # folder -> names of the swaps that this process made in it
 
 
 class Arriving:
-    """Leaves that are being read."""
+    """Leaves that are being read. Those that do not go back leave their lane as soon as somebody has asked for them."""
 
-    def __init__(self, bucket: Bucket):
-        self._bucket = bucket
+    def __init__(self, load: Load, pipeline: Pipeline):
+        self._load, self._pipeline = load, pipeline
 
     def result(self) -> list[jax.Array]:
-        for read in self._bucket.reads:
+        load, leaves_lane = self._load, not self._load.trip.goes
+        for read in load.reads:
             read.result()
-        return [on_devices(leaf, rows) for leaf, rows in zip(self._bucket.leaves, self._bucket.rows, strict=True)]
+        arrays = [on_devices(*one, is_copy=leaves_lane) for one in zip(load.trip.comes, load.coming, strict=True)]
+        if leaves_lane:
+            jax.block_until_ready(arrays)
+            self._pipeline.release(load)
+        return arrays
 
 
 class Leaving:
@@ -64,18 +70,20 @@ class NVMeTier:
         self._pipeline: Pipeline | None = None
         self._swap: Swap | None = None  # of the step under way
         self._after = 0  # updates made when that step is done
+        self._ended: tuple[Swap, int | None] | None = None  # of the step before, and the step that its files were of
 
-    def check(self, leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]]) -> None:
+    def check(self, leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]], still: Collection[str] = ()) -> None:
         """The folder is ours, writable and large enough, and fast enough or warned about. What is placed next is `leaves`."""
         path = folders.open_for(self.folder)
-        self._expected, self._placing = [Leaf.of(name, aval, aval.sharding) for name, aval in leaves], None
+        self._expected = [Leaf.of(name, aval, aval.sharding, name in still) for name, aval in leaves]
+        self._placing = None
         swap = Swap(path / "unmade", self._expected)
         gone = sum(left.num_bytes for left in folders.leftovers(path, _live(path)))
         folders.check_room(path, swap.num_bytes, swap.payload_bytes, gone)
         if self.speed is None:
             with _told(swap, "the swap's disk could not be tried", "Free space, or name a folder on a larger disk."):
                 self.speed = folders.measure(path, swap.payload_bytes)
-            folders.warn_if_slow(path, self.speed, swap.payload_bytes)
+            folders.warn_if_slow(path, self.speed, swap.payload_bytes, swap.written_bytes)
 
     def describe(self) -> dict[str, Any]:
         """For the report."""
@@ -116,42 +124,59 @@ class NVMeTier:
         self._placing, self._missing = swap, {leaf.path for leaf in self._expected}
         return swap
 
-    def begin(self, step: int, buckets: Sequence[Sequence[DiskArray]]) -> None:
-        """Start to read. `step` counts the updates made so far; `buckets` are all that will be fetched, in order."""
+    def begin(self, step: int, trips: Sequence[Trip]) -> None:
+        """Start to read. `step` counts the updates made so far; `trips` are all that will be fetched, in order."""
         self.cancel()
-        swap = self._swap = _one_swap([leaf for bucket in buckets for leaf in bucket])
+        self._ended = None
+        swap = self._swap = _one_swap([leaf for trip in trips for leaf in trip.goes or trip.comes])
         if swap.step is not None and swap.step != step:
             problem = "the state and the swap are of different steps"
             found = [f"the state has made {step} updates, the files in {swap.folder} belong to update {swap.step}"]
             fix = "Use the whole state that the step returned last, or restore a checkpoint."
             raise ValueError(explain(WHO, problem, found=found, fix=fix))
         self._after = step + 1
-        sizes = [sum(direct.padded(size) for leaf in bucket for _, _, size in leaf.extents) for bucket in buckets]
-        if self.pool is None or self.pool.lane_bytes < max(sizes):
-            self.pool = Pool(min(NUM_LANES, len(buckets)), max(sizes))
-        self._pipeline = Pipeline(swap, buckets, self.pool, self._after)
+        size, num_lanes = max(map(lane_bytes, trips)), min(NUM_LANES, len(trips))
+        if self.pool is None or self.pool.lane_bytes < size or self.pool.num_lanes < num_lanes:
+            self.pool = Pool(num_lanes, size)
+        self._pipeline = Pipeline(swap, trips, self.pool, self._after)
 
-    def fetch(self, leaves: Sequence[DiskArray], shardings: Sequence[Any]) -> Arriving:
+    def fetch(self, trip: Trip, shardings: Sequence[Any]) -> Arriving:
         assert self._pipeline is not None
-        return Arriving(self._pipeline.fetch(leaves))
+        return Arriving(self._pipeline.fetch(trip), self._pipeline)
 
-    def put_back(self, leaves: Sequence[DiskArray], arrays: Sequence[jax.Array]) -> Leaving:
+    def put_back(self, trip: Trip, arrays: Sequence[jax.Array]) -> Leaving:
         assert self._pipeline is not None
-        copied = self._pipeline.put_back(leaves, arrays)
-        return Leaving([leaf.after() for leaf in leaves], copied)
+        copied = self._pipeline.put_back(trip, arrays)
+        return Leaving([leaf.after() for leaf in trip.goes], copied)
+
+    def settle(self) -> None:
+        """Every write has reached the drive, beside the generation that still counts."""
+        assert self._pipeline is not None
+        with self._writing():
+            self._pipeline.finish()
 
     def end(self) -> None:
-        """Every write has reached the drive: the new generation counts from here on, whatever happens."""
-        assert self._pipeline is not None
+        """The new generation counts from here on, whatever happens."""
         assert self._swap is not None
-        swap = self._swap
+        swap, before = self._swap, self._swap.step
+        with self._writing():
+            swap.commit(self._after)
+        self._ended = swap, before
+        self.cancel()
+
+    def undo(self) -> None:
+        """Another place could not keep the step that ended here: the generation before it counts."""
+        assert self._ended is not None
+        swap, before = self._ended
+        swap.take_back(before)
+        self._ended = None
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        assert self._swap is not None
         said = f"The state after {self._after - 1} updates is intact, here and in the files: free space and repeat the step."
-        try:
-            with _told(swap, f"update {self._after} could not be written", said):
-                self._pipeline.finish()
-                swap.commit(self._after)
-        finally:
-            self.cancel()
+        with _told(self._swap, f"update {self._after} could not be written", said):
+            yield
 
     def cancel(self) -> None:
         """Forget the step under way, which failed or was skipped; the generation before it still counts."""
@@ -190,7 +215,7 @@ def write_whole(swap: Swap, index: int, value: Any) -> None:
         buffer = buffers.pop()
         try:
             fill(buffer, flat)
-            return file.write(swap.next_slot, at, buffer[: direct.padded(flat.size)])
+            return file.write(swap.next_slot(file), at, buffer[: direct.padded(flat.size)])
         finally:
             buffers.append(buffer)
 
