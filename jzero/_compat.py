@@ -1,7 +1,7 @@
 """Every use of a JAX internal that moves between versions, behind names of our own.
 
 Met so far: `scan`'s `num_consts`/`num_carry` became `ft_in`; `ClosedJaxpr` became a `Jaxpr` with constants inside;
-`get_bind_params` gives `(subfuns, params)` or `params`. Nothing else in jzero imports `jax._src`.
+`get_bind_params` gives `(subfuns, params)` or `params`; `compute_on`, still experimental, takes `out_memory_spaces`. Nothing else in jzero imports `jax._src`.
 """
 
 import threading
@@ -15,6 +15,7 @@ import jax
 from jax._src import core, pjit, source_info_util
 from jax._src import mesh as mesh_lib
 from jax._src.interpreters import ad, batching, mlir, partial_eval
+from jax.experimental.compute_on import compute_on
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jzero._types import SHOWN_AXES
@@ -152,6 +153,18 @@ def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     """Run a jaxpr as it is."""
     opened, consts = open_jaxpr(jaxpr)
     return core.eval_jaxpr(opened, consts, *args)
+
+
+def on_host(fn: Callable[..., list[Any]], args: Sequence[Any], spaces: Sequence[Any]) -> list[Any]:
+    """Inside a program: `fn(*args)` by the host's processors, on what lies in host memory or is copied there first.
+
+    Args:
+      args: pytrees of arrays.
+      spaces: for each output the memory that it is wanted in. Told here it is copied once: the TPU compiler copies what it
+        hears of later to the host and back.
+    """
+    there = jax.tree.map(lambda one: jax.device_put(one, jax.memory.Space.Host), tuple(args))
+    return compute_on(fn, compute_type="device_host", out_memory_spaces=list(spaces))(*there)
 
 
 _before: ContextVar[Any] = ContextVar("_before", default=None)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import contrib
 from jax.sharding import Mesh, PartitionSpec
 
 import jzero
@@ -76,10 +77,10 @@ def trains(fn=loss, *, batch=None, stage=3, **options):
     return lambda: step(state, batch)
 
 
-def offloads(tx):
+def offloads(tx, **options):
     """A state placed by a step that keeps its optimizer's arrays in host memory."""
     own = jzero.make_train_step(loss, tx)
-    step, state = jzero.shard(own, stage=3, offload=HOST), own.init(params())
+    step, state = jzero.shard(own, stage=3, offload=jzero.Offload(opt_state="host", **options)), own.init(params())
     return lambda: step.place(state)
 
 
@@ -346,6 +347,18 @@ TABLE: dict[str, Callable[[], Bad]] = {
     "fraction without effect": lambda: Bad(
         lambda: jzero.Offload(activations="host", fraction=0.5), ValueError, "no effect", ("fraction=0.5",), "params=",
         who=OFFLOAD,
+    ),
+    "update where nothing is": lambda: Bad(
+        lambda: jzero.Offload(opt_state="host", update="hst"), ValueError, "update= is 'device', 'host' or 'auto'",
+        ("update='hst'",), 'update="auto"', "Did you mean 'host'?", who=OFFLOAD,
+    ),
+    "update without effect": lambda: Bad(
+        lambda: jzero.Offload(activations="host", update="host"), ValueError, "no effect", ("update='host'",), "params=",
+        who=OFFLOAD,
+    ),
+    "update on the host of what needs whole leaves": lambda: Bad(
+        offloads(contrib.muon(1e-3), update="host"), ValueError, "of 2 parameters' updates cannot be computed on the host",
+        ("params/w", "looks at more than one element"), "update='auto'", "has its pieces alone", who=OFFLOAD,
     ),
     "activations under a policy that saves nothing": lambda: Bad(
         shard(jzero.make_train_step(loss, TX), remat="full", offload=jzero.Offload(activations="host")), ValueError,

@@ -1,5 +1,6 @@
 """The compiled update of one bucket, under Auto axes as the whole update is otherwise."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,12 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jzero import _compat
-from jzero.engine import compiler
+from jzero.engine import compiler, computing
 from jzero.engine.layout import Layout, Options
 from jzero.engine.offloaded import Update
 from jzero.offload import slices
 from jzero.offload.asked import HOST
 from jzero.offload.buckets import Bucket
+from jzero.offload.host import KIND
 from jzero.offload.slices import Slices, is_elementwise
 from jzero.step import update
 
@@ -21,7 +23,8 @@ class BucketProgram:
     """The compiled update of one bucket: `(leaves, grads, scales, shared, early) -> leaves`, the leaves donated.
 
     A bucket of one group that is larger than a bucket should be takes its leaves where they rest and fetches slices of them
-    itself, if its update is elementwise. With `keeps_params` old parameters stay valid; new ones take the memory of the
+    itself, if its update is elementwise. One that the host updates takes them where they rest too (what rests in files, from
+    host memory), fetches gradients and what rests on the device, and gives that back. With `keeps_params` old parameters stay valid; new ones take the memory of the
     gradients where these have their dtype.
     """
 
@@ -36,14 +39,26 @@ class BucketProgram:
         self.jaxpr, self.used = plan.split.part(outputs)
         self.slices = self._slices()
         layout = plan.layout
-        self.shardings = [(layout.shardings if self.slices else layout.on_device)[index] for index in self.members]
-        self.places = [None if self.slices else layout.places[index] for index in self.members]
+        self.shardings = [self._sharding(index) for index in self.members]
+        self.places = [None if self._stays(index) else layout.places[index] for index in self.members]
         self.lowered = self._lower(layout, options, keeps_params)
-        self.compiled = self.lowered.compile()
+        self.compiled = computing.compiled(self.lowered, bucket)
 
     def __call__(self, members: list[Any], grads: list[Any], *values: list[Any]) -> list[Any]:
         num_params = len(self.bucket.params)
         return self.compiled(members[:num_params], members[num_params:], grads, *values)
+
+    def _stays(self, index: int) -> bool:
+        """Whether the program takes a leaf where it rests."""
+        place = self.plan.layout.places[index]
+        return place is None or (place.kind == HOST and (self.slices is not None or self.bucket.on_host))
+
+    def _sharding(self, index: int) -> NamedSharding:
+        """Where the program takes a leaf."""
+        layout = self.plan.layout
+        if self._stays(index):
+            return layout.shardings[index]
+        return layout.on_device[index].with_memory_kind(KIND) if self.bucket.on_host else layout.on_device[index]
 
     @property
     def held_bytes(self) -> int:
@@ -64,23 +79,59 @@ class BucketProgram:
 
     def _run(self, members: list[Any], grads: list[Any], scales: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
         if self.slices is None:
-            return _compat.evaluate(self.jaxpr, self._inputs(members, update.scaled(grads, scales), shared, early))
+            return self._computed(members, grads, scales, shared, early)
         # Where the program sees them: for GPUs that are only described the memory kind is dropped, and all is device memory.
         cut, is_away = self.slices, [jax.typeof(one).memory_space == jax.memory.Space.Host for one in members]
-        shape = cut.shape(self.plan.layout.avals[self.members[0]].shape)
+        shape, on_host = cut.shape(self.plan.layout.avals[self.members[0]].shape), self.bucket.on_host
 
         def one_slice(index: jax.Array, members: list[Any]) -> list[Any]:
-            pieces = [cut.take(one, index) for one in members]
-            pieces = [_move(one, jax.memory.Space.Device, away) for one, away in zip(pieces, is_away, strict=True)]
-            parts = update.scaled([cut.take(grad, index) for grad in grads], scales)
-            given = self._inputs(pieces, parts, shared, early)
-            new = slices.evaluate(self.jaxpr, given, shape)
-            new = [_move(one, jax.memory.Space.Host, away) for one, away in zip(new, is_away, strict=True)]
-            return [cut.put(one, piece, index) for one, piece in zip(members, new, strict=True)]
+            """What rests away is fetched slice by slice; the host takes slices of it where it rests, and puts them back."""
+            stays = [away and on_host for away in is_away]
+            pieces = [one if stay else cut.take(one, index) for one, stay in zip(members, stays, strict=True)]
+            parts = [cut.take(grad, index) for grad in grads]
+            if on_host:
+                new = self._computed(pieces, parts, scales, shared, early, shape, stays, index)
+            else:
+                pieces = [_move(one, jax.memory.Space.Device, away) for one, away in zip(pieces, is_away, strict=True)]
+                new = self._computed(pieces, parts, scales, shared, early, shape)
+                new = [_move(one, jax.memory.Space.Host, away) for one, away in zip(new, is_away, strict=True)]
+            every = zip(members, new, stays, strict=True)
+            return [piece if stay else cut.put(one, piece, index) for one, piece, stay in every]
 
         return jax.lax.fori_loop(0, cut.num, one_slice, members)
 
-    def _inputs(self, members: list[Any], grads: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
+    def _computed(
+        self, members: list[Any], grads: list[Any], scales: list[Any], shared: list[Any], early: list[Any],
+        shape: tuple[int, ...] | None = None, whole: Sequence[bool] = (), index: Any = None,
+    ) -> list[Any]:  # fmt: skip
+        """New members from old ones, each in the memory of the old one.
+
+        Args:
+          shape: of a slice, where these are slices.
+          whole: which members are whole for all that, of which slice `index` is updated in place.
+        """
+        parts = {"members": members, "grads": grads, "shared": shared, "early": early, "consts": self.plan.split.consts}
+        marks = self._inputs(**{name: [(name, at) for at in range(len(part))] for name, part in parts.items()})
+        given = {(name, at): parts[name][at] for name, at in marks} | {("members", at): one for at, one in enumerate(members)}
+
+        def run(given: dict[tuple[str, int], Any], scales: list[Any], index: Any) -> list[Any]:
+            scale = lambda mark, one: update.scaled([one], scales)[0] if mark[0] == "grads" else one
+            values = {mark: scale(mark, one) for mark, one in given.items()}
+            within = [("members", at) for at, yes in enumerate(whole) if yes]
+            values |= {mark: self.slices.take(given[mark], index) for mark in within}
+            inputs = [values[mark] for mark in marks]
+            new = _compat.evaluate(self.jaxpr, inputs) if shape is None else slices.evaluate(self.jaxpr, inputs, shape)
+            for mark in within:
+                new[mark[1]] = self.slices.put(given[mark], new[mark[1]], index)
+            return new
+
+        if not self.bucket.on_host:
+            return run(given, scales, index)
+        return _compat.on_host(run, (given, scales, index), [jax.typeof(one).memory_space for one in members])
+
+    def _inputs(
+        self, members: Sequence[Any], grads: Sequence[Any], shared: Sequence[Any], early: Sequence[Any], consts: Sequence[Any]
+    ) -> list[Any]:  # fmt: skip
         """What the part of the traced update takes."""
         num_params, num_arrays, _ = self.plan.num_outputs
         params: list[Any] = [None] * num_params
@@ -90,7 +141,7 @@ class BucketProgram:
             params[at], given[at] = leaf, grad
         for at, leaf in zip(self.array_at, members[len(self.param_at) :], strict=True):
             arrays[at] = leaf
-        every = [*self.plan.inputs(params, given, arrays, shared), *early]
+        every = [*consts, *self.plan.inputs(params, given, arrays, shared)[len(consts) :], *early]
         return [value for value, keep in zip(every, self.used, strict=True) if keep]
 
     def _lower(self, layout: Layout, options: Options, keeps_params: bool) -> Any:

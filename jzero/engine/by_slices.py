@@ -17,11 +17,9 @@ from jzero._tree import num_bytes
 from jzero.engine import compiler
 from jzero.engine.bucket_program import BucketProgram
 from jzero.engine.layout import Layout, Options
-from jzero.offload import slices
 from jzero.offload.asked import NVME
 from jzero.offload.nvme.shard_file import part_bytes
 from jzero.offload.slices import Slices, is_elementwise
-from jzero.step import update
 
 
 class SlicedProgram(BucketProgram):
@@ -71,7 +69,8 @@ class SlicedProgram(BucketProgram):
     def _lower(self, layout: Layout, options: Options, keeps_params: bool) -> Any:
         if self.cut is None:
             return super()._lower(layout, options, keeps_params)
-        aval = lambda index, shape: jax.ShapeDtypeStruct(shape, layout.avals[index].dtype, sharding=layout.on_device[index])
+        sharding_of = dict(zip(self.members, self.shardings, strict=True))
+        aval = lambda index, shape: jax.ShapeDtypeStruct(shape, layout.avals[index].dtype, sharding=sharding_of[index])
         params, opt_state = self.bucket.params, self.bucket.opt_state
         own = [aval(index, layout.avals[index].shape) for index in params]
         moments = [aval(index, self.cut.shape(layout.avals[index].shape)) for index in opt_state]
@@ -96,9 +95,8 @@ class SlicedProgram(BucketProgram):
         cut = self.cut
         assert cut is not None
         shape = cut.shape(self.plan.layout.avals[self.members[0]].shape)
-        parts = update.scaled([cut.take(grad, index) for grad in grads], scales)
-        given = self._inputs([*(cut.take(one, index) for one in own), *moments], parts, shared, early)
-        new = slices.evaluate(self.jaxpr, given, shape)
+        parts = [cut.take(grad, index) for grad in grads]
+        new = self._computed([*(cut.take(one, index) for one in own), *moments], parts, scales, shared, early, shape)
         pairs = zip(grads, new[: len(own)], strict=True)
         return [cut.put(grad, piece, index) for grad, piece in pairs], new[len(own) :]
 

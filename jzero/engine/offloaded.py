@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jzero import _compat
-from jzero.engine import resting
+from jzero.engine import computing, resting
+from jzero.engine.computing import Computed
 from jzero.engine.layout import Layout, Options
 from jzero.offload import buckets as packing
 from jzero.offload import split as splitting
@@ -47,6 +48,7 @@ class Update:
     bucket_bytes: int
     accumulate_dtype: Any
     num_scales: int
+    computed: Computed = Computed()
     late: frozenset[int] = frozenset()  # numbers of small leaves of the optimizer's that need its arrays: they go with a bucket
 
     @cached_property
@@ -109,7 +111,9 @@ def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
         bare = replace(bare, late=bare.late | {bare.scalars[at] for at in found.late})
         found = splitting.split(*_traced(step, bare), num_scalars=len(bare.scalars))
     size = resting.bucket_bytes(layout, options)
-    return replace(bare, split=found, buckets=packing.pack(_groups(bare, found), size), bucket_bytes=size)
+    plan = replace(bare, split=found, bucket_bytes=size)
+    groups, computed = computing.choose(plan, _groups(bare, found), options.offload.update)
+    return replace(plan, buckets=packing.pack(groups, size), computed=computed)
 
 
 def _traced(step: TrainStep, update_: Update) -> tuple[Any, list[Input], int, list[str]]:

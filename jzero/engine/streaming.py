@@ -8,12 +8,13 @@ import numpy as np
 
 from jzero import audit
 from jzero._tree import num_bytes
-from jzero.engine import offloaded, programs, reporting
+from jzero.engine import computing, offloaded, programs, reporting
 from jzero.engine.by_slices import SlicedProgram
 from jzero.engine.layout import Layout, Options
 from jzero.engine.offloaded import Carried, Update
 from jzero.engine.programs import Program
 from jzero.engine.statics import Statics
+from jzero.offload.asked import DEVICE, HOST
 from jzero.offload.stream import Leaves, Stream
 from jzero.report import Report
 from jzero.step import TrainStep
@@ -122,24 +123,28 @@ def report(program: StreamedProgram, found: Report) -> Report:
         "grad_bytes": grads,
         "places": {tier.name: tier.describe() for tier in program.options.tiers.values()},
         "settings": str(program.options.offload),
+        "update": plan.computed.to_dict(),
     }
     return replace(
         found, bytes_at_rest=resting, temp_bytes=temp, peak_bytes=on_device + temp, leaves=rows, offload=offload,
-        findings=[*found.findings, *(line for tier in program.options.tiers.values() for line in tier.findings)],
+        findings=[*found.findings, *plan.computed.findings, *(line for tier in program.options.tiers.values() for line in tier.findings)],
         num_compiled=found.num_compiled + len(program.buckets),
     )  # fmt: skip
 
 
-def _figures(one: SlicedProgram) -> dict[str, int]:
+def _figures(one: SlicedProgram) -> dict[str, Any]:
     """One update program: bytes per device."""
     memory, layout = one.compiled.memory_analysis(), one.plan.layout
     beyond = memory.output_size_in_bytes - memory.alias_size_in_bytes
     shape = lambda index: jax.ShapeDtypeStruct(layout.avals[index].shape, one.plan.accumulate_dtype)
     grads = [audit.shard_bytes(shape(index), layout.on_device[index]) for index in one.bucket.params]
+    load = computing.load_of(one.plan, one.bucket)
     return {
         "leaves": len(one.members),
-        "moved_bytes": one.bucket.moved_bytes,
-        "held_bytes": 0 if one.slices else one.held_bytes,  # of slices: in temp_bytes
+        "update": HOST if one.bucket.on_host else DEVICE,
+        "moved_bytes": load.out if one.bucket.on_host else load.moved,  # to the device, or to the host: the longer way
+        "back_bytes": load.beside if one.bucket.on_host else load.moved,
+        "held_bytes": 0 if one.slices or one.bucket.on_host else one.held_bytes,  # of slices: in temp_bytes
         "slices": one.slices.num if one.slices else one.num_rounds,
         "grad_bytes": sum(grads),
         "temp_bytes": int(memory.temp_size_in_bytes) + max(int(beyond), 0),

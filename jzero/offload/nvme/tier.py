@@ -27,13 +27,14 @@ _LIVE: dict[Path, set[str]] = {}  # folder -> names of the swaps that this proce
 class Arriving:
     """Leaves that are being read."""
 
-    def __init__(self, bucket: Bucket):
-        self._bucket = bucket
+    def __init__(self, bucket: Bucket, shardings: Sequence[Any]):
+        self._bucket, self._shardings = bucket, shardings
 
     def result(self) -> list[jax.Array]:
         for read in self._bucket.reads:
             read.result()
-        return [on_devices(leaf, rows) for leaf, rows in zip(self._bucket.leaves, self._bucket.rows, strict=True)]
+        every = zip(self._bucket.leaves, self._bucket.rows, self._shardings, strict=True)
+        return [on_devices(leaf, rows, sharding) for leaf, rows, sharding in every]
 
 
 class Leaving:
@@ -133,7 +134,7 @@ class NVMeTier:
 
     def fetch(self, leaves: Sequence[DiskArray], shardings: Sequence[Any]) -> Arriving:
         assert self._pipeline is not None
-        return Arriving(self._pipeline.fetch(leaves))
+        return Arriving(self._pipeline.fetch(leaves), shardings)
 
     def put_back(self, leaves: Sequence[DiskArray], arrays: Sequence[jax.Array]) -> Leaving:
         assert self._pipeline is not None
