@@ -12,10 +12,9 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
-from jax._src import core, pjit, source_info_util
+from jax._src import compute_on, core, pjit, source_info_util
 from jax._src import mesh as mesh_lib
 from jax._src.interpreters import ad, batching, mlir, partial_eval
-from jax.experimental.compute_on import compute_on
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jzero._types import SHOWN_AXES
@@ -164,7 +163,15 @@ def on_host(fn: Callable[..., list[Any]], args: Sequence[Any], spaces: Sequence[
         hears of later to the host and back.
     """
     there = jax.tree.map(lambda one: jax.device_put(one, jax.memory.Space.Host), tuple(args))
-    return compute_on(fn, compute_type="device_host", out_memory_spaces=list(spaces))(*there)
+    # Traced as if all of it were on the device: types name a memory, and constants that are made inside would be in another.
+    avals = [core.typeof(one).update(memory_space=jax.memory.Space.Device) for one in jax.tree.leaves(there)]
+    flat = lambda *leaves: fn(*jax.tree.unflatten(jax.tree.structure(there), leaves))
+    with compute_on.extend_compute_type("device_host"):
+        traced = jax.make_jaxpr(flat)(*avals)
+    return compute_on.compute_on_p.bind(
+        *jax.tree.leaves(there), jaxpr=traced, compute_type="device_host", out_memory_spaces=tuple(spaces),
+        compiler_options_json=None,
+    )  # fmt: skip
 
 
 _before: ContextVar[Any] = ContextVar("_before", default=None)

@@ -153,8 +153,10 @@ class BucketProgram:
         shared = [*(layout.avals[index] for index in self.plan.scalars), state.step, state.rng]
         shared.append(jax.ShapeDtypeStruct((), jnp.float32))
         whole = NamedSharding(options.mesh, PartitionSpec())
-        num_params, alike = len(params), all(layout.avals[index].dtype == self.plan.accumulate_dtype for index in params)
+        num_params = len(params)
         own, opt_state = self.shardings[:num_params], self.shardings[num_params:]
+        alike = all(layout.avals[index].dtype == self.plan.accumulate_dtype for index in params)
+        alike = alike and not any(sharding.memory_kind == KIND for sharding in own)
         jitted = jax.jit(
             lambda own, opt_state, grads, *values: self._run([*own, *opt_state], grads, *values),
             in_shardings=(own, opt_state, [layout.on_device[index] for index in params], whole, whole, whole),

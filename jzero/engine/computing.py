@@ -156,16 +156,21 @@ def _reasons(plan: Any, groups: Sequence[Bucket]) -> list[str | None]:
         layout, members = plan.layout, (*group.params, *group.opt_state)
         pick = lambda found: next((found[outputs[index]] for index in members if found[outputs[index]] is not None), None)
         if (eqn := pick(foreign)) is not None:
-            return f"{eqn.primitive.name} is not for the host's processors: {_compat.where(eqn)}"
+            return f"{eqn.primitive.name} is not for the host's processors{_line(eqn)}"
         if all(layout.on_device[index].is_fully_replicated for index in members):
             return None
         if (eqn := pick(wide)) is not None:
-            return f"{eqn.primitive.name} looks at more than one element: {_compat.where(eqn)}"
+            return f"{eqn.primitive.name} is not elementwise{_line(eqn)}"
         shapes = {layout.avals[index].shape: layout.on_device[index] for index in members}
         apart = [index for index in members if not _alike(layout, index, shapes[layout.avals[index].shape])]
         return f"{layout.placements[apart[0]].leaf.path} is split otherwise than the leaves it meets" if apart else None
 
     return [reason(group) for group in groups]
+
+
+def _line(eqn: Any) -> str:
+    where = _compat.where(eqn)
+    return f": {where}" if where else ""
 
 
 def _alike(layout: Any, index: int, sharding: Any) -> bool:

@@ -119,6 +119,7 @@ def report(program: StreamedProgram, found: Report) -> Report:
         "bucket_bytes": plan.bucket_bytes,
         "buckets": buckets,
         "moved_bytes": sum(row["moved_bytes"] for row in buckets),
+        "back_bytes": sum(row["back_bytes"] for row in buckets),
         "gradient_temp_bytes": found.temp_bytes,
         "grad_bytes": grads,
         "places": {tier.name: tier.describe() for tier in program.options.tiers.values()},
