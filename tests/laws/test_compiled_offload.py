@@ -112,14 +112,14 @@ def test_moments_stay_where_the_host_updates():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("params", [None, "host"])
-def test_temporaries_grow_by_a_bucket_where_the_host_updates(params):
+def test_temporaries_grow_by_two_buckets_at_most_where_the_host_updates(params):
     size = {"layers": 16, "width": 2048, "rows": 128, "policy": "full"}
     plain, _, _ = measured(**size)
     asked = {"opt_state": "host", "params": params, "bucket_bytes": BUCKET_BYTES, "update": "host"}
     step, report, memory, num_params = compiled(**size, **asked)
     check_at_rest(report, memory, num_params, elements=3 if params else 2, on_host=1 if params else 0)
     check_on_host(step, report, num_params, elements=3 if params else 2)
-    assert report.temp_bytes <= plain.temp_bytes + BUCKET_BYTES
+    assert report.temp_bytes <= plain.temp_bytes + 2 * BUCKET_BYTES
     assert any(row["slices"] > 1 for row in report.offload["buckets"])
     for row in report.offload["buckets"]:
         assert row["temp_bytes"] <= 1.02 * BUCKET_BYTES  # gradients, parameters, and those as they come back
