@@ -1,7 +1,8 @@
 """Every use of a JAX internal that moves between versions, behind names of our own.
 
 Met so far: `scan`'s `num_consts`/`num_carry` became `ft_in`; `ClosedJaxpr` became a `Jaxpr` with constants inside;
-`get_bind_params` gives `(subfuns, params)` or `params`; `compute_on`, still experimental, takes `out_memory_spaces`. Nothing else in jzero imports `jax._src`.
+`get_bind_params` gives `(subfuns, params)` or `params`; `compute_on`, which is experimental, takes `out_memory_spaces`. Nothing
+else in jzero imports `jax._src`.
 """
 
 import threading

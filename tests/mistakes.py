@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from optax import contrib
 from jax.sharding import Mesh, PartitionSpec
+from optax import contrib
 
 import jzero
 
@@ -358,7 +358,7 @@ TABLE: dict[str, Callable[[], Bad]] = {
     ),
     "update on the host of what needs whole leaves": lambda: Bad(
         offloads(contrib.muon(1e-3), update="host"), ValueError, "of 2 parameters' updates cannot be computed on the host",
-        ("params/w", "is not elementwise"), "update='auto'", "has its pieces alone", who=OFFLOAD,
+        ("params/w", "is not elementwise"), "update='auto'", "pieces alone", who=OFFLOAD,
     ),
     "activations under a policy that saves nothing": lambda: Bad(
         shard(jzero.make_train_step(loss, TX), remat="full", offload=jzero.Offload(activations="host")), ValueError,

@@ -24,8 +24,8 @@ class BucketProgram:
 
     A bucket of one group that is larger than a bucket should be takes its leaves where they rest and fetches slices of them
     itself, if its update is elementwise. One that the host updates takes them where they rest too (what rests in files, from
-    host memory), fetches gradients and what rests on the device, and gives that back. With `keeps_params` old parameters stay valid; new ones take the memory of the
-    gradients where these have their dtype.
+    host memory); gradients and what rests on the device travel, and the latter back. With `keeps_params` old parameters stay
+    valid; new ones take the memory of the gradients where these have their dtype.
     """
 
     def __init__(self, plan: Update, bucket: Bucket, options: Options, *, keeps_params: bool = False):
@@ -114,15 +114,17 @@ class BucketProgram:
         marks = self._inputs(**{name: [(name, at) for at in range(len(part))] for name, part in parts.items()})
         given = {(name, at): parts[name][at] for name, at in marks} | {("members", at): one for at, one in enumerate(members)}
 
+        cut: Any = self.slices
+
         def run(given: dict[tuple[str, int], Any], scales: list[Any], index: Any) -> list[Any]:
             scale = lambda mark, one: update.scaled([one], scales)[0] if mark[0] == "grads" else one
             values = {mark: scale(mark, one) for mark, one in given.items()}
             within = [("members", at) for at, yes in enumerate(whole) if yes]
-            values |= {mark: self.slices.take(given[mark], index) for mark in within}
+            values |= {mark: cut.take(given[mark], index) for mark in within}
             inputs = [values[mark] for mark in marks]
             new = _compat.evaluate(self.jaxpr, inputs) if shape is None else slices.evaluate(self.jaxpr, inputs, shape)
             for mark in within:
-                new[mark[1]] = self.slices.put(given[mark], new[mark[1]], index)
+                new[mark[1]] = cut.put(given[mark], new[mark[1]], index)
             return new
 
         if not self.bucket.on_host:
@@ -160,12 +162,19 @@ class BucketProgram:
         jitted = jax.jit(
             lambda own, opt_state, grads, *values: self._run([*own, *opt_state], grads, *values),
             in_shardings=(own, opt_state, [layout.on_device[index] for index in params], whole, whole, whole),
-            donate_argnums=(0, 1) if not keeps_params else (1, 2) if alike else (1,),
+            donate_argnums=self._donated(options, keeps_params, alike),
             out_shardings=self.shardings, keep_unused=True, compiler_options=compiler.options(options.mesh),
         )  # fmt: skip
         early = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.plan.split.early]
         scales = [jax.ShapeDtypeStruct((), jnp.float32)] * self.plan.num_scales
         return jitted.lower(avals[:num_params], avals[num_params:], grads, scales, shared, early)
+
+    def _donated(self, options: Options, keeps_params: bool, alike: bool) -> tuple[int, ...]:
+        """Parameters are the gradient program's copies, or the state's own; gradients nobody wants any more."""
+        if keeps_params:
+            return (1, 2) if alike else (1,)
+        own = [place is None for place in self.places[len(self.bucket.params) :]]  # the state's own arrays
+        return (0, 1) if options.donate or not any(own) else (0,)
 
 
 def _move(piece: jax.Array, memory: Any, is_away: bool) -> jax.Array:

@@ -78,8 +78,8 @@ def load_of(plan: Any, group: Bucket) -> Load:
     return Load(sum(map(size, moved)), sum(map(size, still)), sum(map(num_bytes, grads)), in_turns)
 
 
-def choose(plan: Any, groups: Sequence[Bucket], asked: str) -> tuple[list[Bucket], Computed]:
-    """The groups, each with where it is updated. What rests on the device altogether is updated there.
+def reasons(plan: Any, groups: Sequence[Bucket], asked: str) -> list[str | None]:
+    """For each group why the host cannot update it, or None.
 
     Args:
       plan: the traced update, an `offloaded.Update` without buckets.
@@ -88,52 +88,66 @@ def choose(plan: Any, groups: Sequence[Bucket], asked: str) -> tuple[list[Bucket
       ValueError: `update="host"` and leaves that the host cannot update: all of them, with the operation.
     """
     if asked == DEVICE:
-        return list(groups), Computed()
-    reasons = _reasons(plan, groups)
+        return [None] * len(groups)
+    found = _reasons(plan, groups)
     if asked == HOST:
-        _check(plan, groups, reasons)
+        _check(plan, groups, found)
+    return found
+
+
+def choose(
+    plan: Any, groups: Sequence[Bucket], found: Sequence[str | None], asked: str
+) -> tuple[list[Bucket], Computed]:  # fmt: skip
+    """The groups, each with where it is updated; `found`: `reasons`. What rests on the device altogether is updated there."""
+    if asked == DEVICE:
+        return list(groups), Computed()
     if not _shows_memories(plan.layout.mesh):
         why = "this compiler does not tell memories apart without the device: the update is compiled for the device"
         return list(groups), Computed(asked, [f"update={asked!r}: {why}"])
     if asked == HOST:
         return [_by_host(plan, group) if group.moved_bytes else group for group in groups], Computed(asked)
-    return _by_time(plan, groups, reasons)
+    return _by_time(plan, groups, found)
 
 
-def _by_time(plan: Any, groups: Sequence[Bucket], reasons: Sequence[str | None]) -> tuple[list[Bucket], Computed]:
+def _by_time(plan: Any, groups: Sequence[Bucket], found: Sequence[str | None]) -> tuple[list[Bucket], Computed]:
     link, rate, why = _rates(plan.layout.mesh)
     if why:
         return list(groups), Computed(AUTO, [f"update='auto' is computed on the device: {why}"])
-    found, times = [], []
-    for group, reason in zip(groups, reasons, strict=True):
+    chosen, times = [], []
+    for group, reason in zip(groups, found, strict=True):
         load = load_of(plan, group)
         on_device, on_host = load.seconds_on_device(link), load.seconds_on_host(link, rate)
         is_possible = bool(group.moved_bytes) and reason is None
-        found.append(_by_host(plan, group) if is_possible and on_host < on_device else group)
+        chosen.append(_by_host(plan, group) if is_possible and on_host < on_device else group)
         times += [(on_device, on_host)] if is_possible else []
-    seconds = [sum(both) for both in zip(*times, strict=True)] or [0.0, 0.0]
-    figures = {"link_bytes_per_s": link, "host_bytes_per_s": rate, "device_s": seconds[0], "host_s": seconds[1]}
-    chosen, moved = (sum(map(len, (one.params for one in part))) for part in ([g for g in found if g.on_host], found))
-    told = f"update='auto': the host computes the update of {chosen} of {moved} parameters: of what it could, a step takes "
-    told += f"{seconds[1]:.3g} s there and {seconds[0]:.3g} s on the device (link {link / 1e9:.3g} GB/s, host "
-    told += f"{rate / 1e9:.3g} GB/s, a device, as measured)"
-    left = [reason for group, reason in zip(groups, reasons, strict=True) if reason and group.moved_bytes]
-    more = [f"update='auto': {len(left)} parameters stay with the device, the first since {left[0]}"] if left else []
-    return found, Computed(AUTO, [told, *more], figures)
+    device_s, host_s = (sum(both) for both in zip(*times, strict=True)) if times else (0.0, 0.0)
+    num_there = sum(len(group.params) for group in chosen if group.on_host)
+    told = f"update='auto': the host computes the update of {num_there} of {len(plan.trained)} parameters; of the {len(times)} "
+    told += f"that it could, a step takes {host_s:.3g} s there and {device_s:.3g} s on the device (as measured, a device: link "
+    told += f"{link / 1e9:.3g} GB/s, host {rate / 1e9:.3g} GB/s)"
+    left = [reason for group, reason in zip(groups, found, strict=True) if reason and group.moved_bytes]
+    more = [f"update='auto': {len(left)} parameters stay with the device; of the first {left[0]}"] if left else []
+    figures = {"link_bytes_per_s": link, "host_bytes_per_s": rate, "device_s": device_s, "host_s": host_s}
+    return chosen, Computed(AUTO, [told, *more], figures)
 
 
 def _by_host(plan: Any, group: Bucket) -> Bucket:
     return group._replace(on_host=True, moved_bytes=load_of(plan, group).held)
 
 
+def _untimed(mesh: Mesh) -> str:
+    """Why link and host cannot be timed, or nothing."""
+    if not set(mesh.devices.flat) <= set(jax.devices()):
+        return "devices that are only described cannot be timed"
+    if mesh.devices.flat[0].platform == "cpu":
+        return "these devices are the host's own processors"
+    return "every process must choose alike, and each would measure for itself" if jax.process_count() > 1 else ""
+
+
 def _rates(mesh: Mesh) -> tuple[float, float, str]:
     """Of the link and of the host's processors, bytes per second and device; or why they cannot be had."""
-    if not set(mesh.devices.flat) <= set(jax.devices()):
-        return 0.0, 0.0, "devices that are only described cannot be timed"
-    if mesh.devices.flat[0].platform == "cpu":
-        return 0.0, 0.0, "these devices are the host's own processors"
-    if jax.process_count() > 1:
-        return 0.0, 0.0, "every process must choose alike, and each would measure for itself"
+    if why := _untimed(mesh):
+        return 0.0, 0.0, why
     try:
         return packing.measure(mesh)[1], packing.measure_host(mesh), ""
     except Exception as error:  # an experimental part of JAX, on back ends where it may never have run
@@ -177,11 +191,11 @@ def _alike(layout: Any, index: int, sharding: Any) -> bool:
     return layout.on_device[index].is_equivalent_to(sharding, len(layout.avals[index].shape))
 
 
-def _check(plan: Any, groups: Sequence[Bucket], reasons: Sequence[str | None]) -> None:
+def _check(plan: Any, groups: Sequence[Bucket], found: Sequence[str | None]) -> None:
     layout = plan.layout
     rows = [
         [layout.placements[index].leaf.path, short(layout.avals[index]), layout.placements[index].spec, reason]
-        for group, reason in zip(groups, reasons, strict=True)
+        for group, reason in zip(groups, found, strict=True)
         if reason is not None and group.moved_bytes
         for index in (*group.params, *group.opt_state)[:1]
     ]

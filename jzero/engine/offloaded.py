@@ -6,7 +6,7 @@ optimizer's arrays. Update programs run under Auto axes on the bucket's leaves, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -48,7 +48,7 @@ class Update:
     bucket_bytes: int
     accumulate_dtype: Any
     num_scales: int
-    computed: Computed = Computed()
+    computed: Computed = field(default_factory=Computed)
     late: frozenset[int] = frozenset()  # numbers of small leaves of the optimizer's that need its arrays: they go with a bucket
 
     @cached_property
@@ -110,9 +110,11 @@ def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
     while found.late:  # scales of 8-bit moments, say
         bare = replace(bare, late=bare.late | {bare.scalars[at] for at in found.late})
         found = splitting.split(*_traced(step, bare), num_scalars=len(bare.scalars))
+    groups, plan, asked = _groups(bare, found), replace(bare, split=found), options.offload.update
+    reasons = computing.reasons(plan, groups, asked)  # may be an error, so before anything is measured
     size = resting.bucket_bytes(layout, options)
-    plan = replace(bare, split=found, bucket_bytes=size)
-    groups, computed = computing.choose(plan, _groups(bare, found), options.offload.update)
+    plan = replace(plan, bucket_bytes=size)
+    groups, computed = computing.choose(plan, groups, reasons, asked)
     return replace(plan, buckets=packing.pack(groups, size), computed=computed)
 
 

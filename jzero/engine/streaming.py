@@ -126,10 +126,10 @@ def report(program: StreamedProgram, found: Report) -> Report:
         "settings": str(program.options.offload),
         "update": plan.computed.to_dict(),
     }
+    told = [*plan.computed.findings, *(line for tier in program.options.tiers.values() for line in tier.findings)]
     return replace(
         found, bytes_at_rest=resting, temp_bytes=temp, peak_bytes=on_device + temp, leaves=rows, offload=offload,
-        findings=[*found.findings, *plan.computed.findings, *(line for tier in program.options.tiers.values() for line in tier.findings)],
-        num_compiled=found.num_compiled + len(program.buckets),
+        findings=[*found.findings, *told], num_compiled=found.num_compiled + len(program.buckets),
     )  # fmt: skip
 
 

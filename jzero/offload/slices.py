@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jzero import _compat
 from jzero.offload.elementwise import obstacles
 
+
 class Slices(NamedTuple):
     """How a group's leaves are cut."""
 

@@ -64,7 +64,9 @@ IN_SHORT = (  # on a network of two layers
     ("nvme and host", 2, "2", "bf16-pure", "clipped", "host"),
 )
 # What the host updates: leaves that are split by elementwise optimizers, whole ones by any.
-BY_HOST = {name: FACTORS[name] for name in ("mix", "stage", "mesh", "precision")} | {"optimizer": ("adamw", "clipped", "frozen")}
+BY_HOST = {name: FACTORS[name] for name in ("mix", "stage", "mesh", "precision")} | {
+    "optimizer": ("adamw", "clipped", "frozen")
+}
 WHOLE = ("lamb", "adafactor", "multi_steps")
 
 
