@@ -185,8 +185,9 @@ def test_whole_leaves_are_updated_on_the_host_by_any_optimizer(optimizer):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("update", ["device", "host"])
 @pytest.mark.parametrize("axis", ["pipe", "tensor", "sequence"])
-def test_offload_changes_no_number_on_a_further_axis(axis):
+def test_offload_changes_no_number_on_a_further_axis(axis, update):
     params = functools.partial(small_pipeline.make_params, num_layers=4, tied=True)
     piped = Model(small_pipeline.model("mean"), params, small_gpt.batch())
     split = GPT._replace(loss=functools.partial(small_gpt.loss_of_pieces, "ring"))
@@ -195,4 +196,4 @@ def test_offload_changes_no_number_on_a_further_axis(axis):
     fn = jzero.make_train_step(model.loss, optax.adamw(1e-3), accumulate=2, clip_norm=1.0)
     mesh = jzero.make_mesh(data=4, **{axis: 2})
     options = {"stage": 3, "mesh": mesh, "rules": rules, "min_shard_elements": small_gpt.MIN_SHARD_ELEMENTS}
-    walk(jzero.shard(fn, **options), jzero.shard(fn, **options, offload=offload("both")), model)
+    walk(jzero.shard(fn, **options), jzero.shard(fn, **options, offload=offload("both", update)), model)

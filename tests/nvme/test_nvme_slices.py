@@ -13,8 +13,11 @@ from jzero.offload.nvme.shard_file import part_bytes
 from jzero.offload.slices import Slices
 
 
-def test_a_leaf_larger_than_a_bucket_goes_by_rows(tmp_path):
-    """Stacked layers, 3 MiB a moment, in buckets of 2 MiB: the numbers of the whole, in a pool of slices."""
+@pytest.mark.parametrize(("update", "num"), [("device", 3), pytest.param("host", 6, marks=pytest.mark.slow)])
+def test_a_leaf_larger_than_a_bucket_goes_by_rows(tmp_path, update, num):
+    """Stacked layers, 3 MiB a moment, in buckets of 2 MiB: the numbers of the whole, in a pool of slices. Gradients, and
+    parameters both ways, are 9 MiB where the host updates.
+    """
 
     def stacked_loss(params, x):
         out, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])
@@ -33,7 +36,7 @@ def test_a_leaf_larger_than_a_bucket_goes_by_rows(tmp_path):
         return step, state, float(metrics["loss"])
 
     where = f"nvme:{tmp_path}"
-    sliced = jzero.Offload(opt_state=where, bucket_bytes=2**21)
+    sliced = jzero.Offload(opt_state=where, bucket_bytes=2**21, update=update)
     _, expected, _ = run(None, 1)
     step, state, _ = run(sliced, 1)
     for one, other in zip(numbers(state), numbers(expected), strict=True):
@@ -42,8 +45,8 @@ def test_a_leaf_larger_than_a_bucket_goes_by_rows(tmp_path):
         state, metrics = step(state, x)
     assert float(metrics["loss"]) == pytest.approx(run(None, 4)[2], rel=1e-4)
     offload = step.report(state, x).offload
-    assert [row["slices"] for row in offload["buckets"]] == [1, 3]
-    assert offload["places"][where]["pool_bytes"] == 4 * 2 * 2**20  # of four lanes, each a third of two moments of 3 MiB
+    assert [row["slices"] for row in offload["buckets"]] == [1, num]
+    assert offload["places"][where]["pool_bytes"] == 4 * 6 * 2**20 // num  # of four lanes, each a part of two moments of 3 MiB
     state.opt_state[0].mu["layers"].swap.verify()
 
 
