@@ -12,15 +12,14 @@ faster.
 """
 
 import argparse
-import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import recorded
 
 # model, target, stage, remat, tokens a sequence, sequences per device and microbatch, microbatches, precision
 GRID = """
@@ -95,18 +94,9 @@ def main() -> None:
     parser.add_argument("--table-only", action="store_true", help="compile nothing")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    found = json.loads(args.json.read_text()) if args.json.exists() else {"versions": versions(), "rows": {}}
-    wanted = [line for line in lines() if line not in found["rows"] and args.only in line]
-    for number, line in enumerate([] if args.table_only else wanted, 1):
-        print(f"[{number}/{len(wanted)}] {line}", file=sys.stderr, flush=True)
-        found["rows"][line] = compile_line(line)
-        found["rows"] = {line: found["rows"][line] for line in lines() if line in found["rows"]}
-        args.json.write_text(json.dumps(found | {"date": time.strftime("%Y-%m-%d")}, indent=1) + "\n")
-    print(table(found["rows"]))
-
-
-def lines() -> list[str]:
-    return [line.strip() for line in GRID.strip().splitlines()]
+    if not args.table_only:
+        recorded.fill(args.json, recorded.lines(GRID), compile_line, only=args.only)
+    print(table(recorded.read(args.json)["rows"]))
 
 
 def job_of(line: str) -> Any:
@@ -159,12 +149,6 @@ def table(rows: dict[str, Any]) -> str:
         f"{within} of {len(good)} compiled configurations are within {TOLERANCE:.0%}; {len(rows) - len(good)} did not compile."
     )
     return "\n".join([head, *body, "", said, *failed])
-
-
-def versions() -> dict[str, str]:
-    import importlib.metadata as metadata
-
-    return {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")}
 
 
 if __name__ == "__main__":

@@ -8,15 +8,14 @@ few layers, so that a compilation ends on two cores; TPU programs take minutes (
 """
 
 import argparse
-import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import recorded
 
 # model, target, and what `python -m jzero.plan` calls --seq, --mesh, --batch, --accumulate, --offload
 LINES = """
@@ -44,20 +43,16 @@ def main() -> None:
     parser.add_argument("--table-only", action="store_true", help="compile nothing")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if not args.table_only:
+        recorded.fill(args.json, recorded.lines(LINES), compile_line)
+    print(table(recorded.read(args.json)["rows"]))
+
+
+def compile_line(line: str) -> dict[str, Any]:
     from jzero.plan.compiled import compile_job
 
-    found = json.loads(args.json.read_text()) if args.json.exists() else {"versions": versions(), "rows": {}}
-    for line in [] if args.table_only else [line for line in lines() if line not in found["rows"]]:
-        print(line, file=sys.stderr, flush=True)
-        answer = compile_job(job_of(line))
-        found["rows"][line] = {key: answer[key] for key in KEPT if key in answer}
-        found["rows"] = {line: found["rows"][line] for line in lines() if line in found["rows"]}
-        args.json.write_text(json.dumps(found | {"date": time.strftime("%Y-%m-%d")}, indent=1) + "\n")
-    print(table(found["rows"]))
-
-
-def lines() -> list[str]:
-    return [line.strip() for line in LINES.strip().splitlines()]
+    answer = compile_job(job_of(line))
+    return {key: answer[key] for key in KEPT if key in answer}
 
 
 def job_of(line: str) -> Any:
@@ -90,12 +85,6 @@ def compared(compiled: int, closed: int) -> tuple[str, str, str]:
 
 def total(wire: dict[str, dict[str, int]]) -> int:
     return sum(sum(kinds.values()) for kinds in wire.values())
-
-
-def versions() -> dict[str, str]:
-    import importlib.metadata as metadata
-
-    return {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")}
 
 
 if __name__ == "__main__":

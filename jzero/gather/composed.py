@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jzero import _compat
 from jzero.comm import Comm
-from jzero.gather.facts import Fact, Facts, Reading, Use, kept_use
+from jzero.gather.facts import CUSTOM_DERIVATIVES, Fact, Facts, Reading, Use, kept_use
 from jzero.gather.rewrite import Level, Tracked, run
 from jzero.gather.views import on_a_shard
 
@@ -64,6 +64,8 @@ class Differentiable:
         parts = [value.parts if isinstance(value, Tracked) else value for value in values]
         gathers = any(isinstance(value, Tracked) and value.parts.whole is None for value in values)
         kept = self.kept is not None and self.kept.eqn is eqn
+        if kept and eqn.primitive.name in CUSTOM_DERIVATIVES:
+            parts = _reduced_first(parts)
         if level.in_remat or not gathers or eqn.effects or kept:
             return apply(*parts)
         return jax.checkpoint(apply, prevent_cse=level.depth == 0)(*parts)
@@ -124,6 +126,28 @@ class Differentiable:
         prevent_cse = eqn.params["prevent_cse"]
         keep = prevent_cse if isinstance(prevent_cse, bool) else any(prevent_cse)
         return jax.checkpoint(fn, prevent_cse=keep, policy=eqn.params["policy"])(*args)
+
+
+def _reduced_first(parts: Sequence[Any]) -> Sequence[Any]:
+    """The operands of the program's last use: its weight's gradient is reduced before the backward pass goes on to what came
+    earlier, which else runs beside the whole of it. For heads with a derivative of their own, which are there for memory's
+    sake; a plain head's reduction hides behind the layers' backward pass.
+    """
+    if not any(isinstance(part, Parts) and part.sink is not None for part in parts):
+        return parts
+    leaves, treedef = jax.tree.flatten(parts)
+    takes_part = [hasattr(leaf, "aval") and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    tied = iter(_backward_together(*(leaf for leaf, takes in zip(leaves, takes_part, strict=True) if takes)))
+    return treedef.unflatten([next(tied) if takes else leaf for leaf, takes in zip(leaves, takes_part, strict=True)])
+
+
+@jax.custom_vjp
+def _backward_together(*values: jax.Array) -> tuple[jax.Array, ...]:
+    """`values`, none of whose cotangents is there before all are."""
+    return values
+
+
+_backward_together.defvjp(lambda *values: (values, None), lambda _, cotangents: tuple(jax.lax.optimization_barrier(cotangents)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -12,8 +12,8 @@ from jzero.models.tensor import COLUMNS, ROWS, split
 _STDDEV = 0.02
 # `jzero.shard(..., rules=jzero.models.llama.tensor_rules)` on a mesh whose `tensor` axis divides the heads.
 tensor_rules = (
-    split(COLUMNS, r"\b(q|k|v|gate|up|lm_head)/kernel$"),
-    split(ROWS, r"\b(o|down)/kernel$|\bwte/embedding$"),
+    split(COLUMNS, r"\b(q|k|v|gate|up)/kernel$"),
+    split(ROWS, r"\b(o|down)/kernel$|\b(wte|lm_head)/embedding$"),
 )
 
 
@@ -67,16 +67,21 @@ class LlamaOuter(nnx.Module):
         num_rows = config.padded_vocab_size or config.vocab_size
         self.wte = Embedding(num_rows, config.dim, stddev=_STDDEV, rngs=rngs)
         self.norm = nnx.RMSNorm(config.dim, epsilon=config.norm_eps, rngs=rngs)
-        self.lm_head = None if config.tied else linear(config.dim, num_rows, stddev=_STDDEV, use_bias=False, rngs=rngs)
+        self.lm_head = None if config.tied else Embedding(num_rows, config.dim, stddev=_STDDEV, rngs=rngs)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         return self.wte(tokens)
 
     def head(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)
-        return self.wte.logits(x) if self.lm_head is None else self.lm_head(x)
+        return self._table.logits(x)
 
     def before_logits(self, x: jax.Array) -> tuple[jax.Array, jax.Array, int]:
         """What the logits are a product of, and which dim of the weight is the vocabulary."""
         x = self.norm(x)
-        return (x, self.wte.embedding[...], 0) if self.lm_head is None else (x, self.lm_head.kernel[...], 1)
+        return x, self._table.embedding[...], 0
+
+    @property
+    def _table(self) -> Embedding:
+        """[V, D]: the rows that are looked up, or rows of its own."""
+        return self.wte if self.lm_head is None else self.lm_head

@@ -20,8 +20,8 @@ expert_rules = (split(3, r"\bexperts/(gate|up|down)$", axis="expert"),)
 tensor_rules = (
     placed(r"\bexperts/(gate|up)$", {3: "expert", 1: "tensor"}),
     placed(r"\bexperts/down$", {3: "expert", 2: "tensor"}),
-    split(1, r"\b(q|k|v|lm_head)/kernel$"),
-    split(2, r"\bo/kernel$|\bwte/embedding$"),
+    split(1, r"\b(q|k|v)/kernel$"),
+    split(2, r"\bo/kernel$|\b(wte|lm_head)/embedding$"),
 )
 
 

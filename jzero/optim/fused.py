@@ -13,7 +13,7 @@ from jzero.optim import blocks
 from pallas_kernels import fused_optimizer
 from pallas_kernels.fused_optimizer.buckets import BELOW
 
-MOMENTS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "8bit": jnp.uint8}
+MOMENTS = ("float32", "bfloat16", "8bit")
 FORMATS = {"mu": True, "nu": False}  # name of a moment -> whether it has a sign
 Rate = float | jax.Array | Callable[[jax.Array], jax.Array]
 

@@ -134,7 +134,7 @@ def tensor_sizes(config: ModelConfig) -> list[int]:
 
 # What `models.gpt2.tensor_rules`, `models.llama.tensor_rules` and Mixtral's split: their last dim, or their last but one.
 _GPT2_COLUMNS, _GPT2_ROWS = {"qkv", "qkv_bias", "up", "up_bias"}, {"proj", "down", "wte"}
-_LLAMA_COLUMNS, _LLAMA_ROWS = {"q", "k", "v", "gate", "up", "lm_head"}, {"o", "down", "wte"}
+_LLAMA_COLUMNS, _LLAMA_ROWS = {"q", "k", "v", "gate", "up"}, {"o", "down", "wte", "lm_head"}
 EXPERTS = "experts/"
 Shapes = dict[str, tuple[int, ...]]
 
@@ -158,4 +158,4 @@ def _llama(config: LlamaConfig) -> tuple[Shapes, Shapes]:
         mlp = {f"{EXPERTS}{name}": (config.num_experts, *shape) for name, shape in mlp.items()}
     rows = config.padded_vocab_size or config.vocab_size
     outer: Shapes = {"wte": (rows, dim), "norm": (dim,)}
-    return layer | mlp, outer if config.tied else outer | {"lm_head": (dim, rows)}
+    return layer | mlp, outer if config.tied else outer | {"lm_head": (rows, dim)}

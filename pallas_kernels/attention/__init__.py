@@ -11,7 +11,7 @@ from pallas_kernels._errors import explain, short
 from pallas_kernels.attention import chunked, cudnn, reference, splash
 from pallas_kernels.dispatch import Call, Implementation, Op
 
-LARGE_BYTES = 16 * 2**30  # of one example's float32 scores: from there on they are made block by block
+LARGE_BYTES = 4 * 2**30  # of one example's float32 scores: from there on they are made block by block
 
 
 def _large(call: Call) -> str | None:
@@ -53,7 +53,7 @@ def attention(
     | "plain": all scores in memory, made again for the backward pass | yes | yes | yes | yes | yes |
     | "chunked": 512 x 512 scores at a time | yes | yes | yes | yes | yes |
 
-    Chosen in this order: "plain" only up to 16 GiB of scores per example, "splash" only once it has run on such a TPU. Under
+    Chosen in this order: "plain" only up to 4 GiB of scores per example, "splash" only once it has run on such a TPU. Under
     `shard_map` all arrays are one device's, and nothing is gathered. Under Auto axes "splash" is not there, and the
     partitioner splits the others over batch and heads.
 

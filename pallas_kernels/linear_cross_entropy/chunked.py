@@ -74,8 +74,10 @@ def _backward(loss: Loss, num_chunks: int | None, saved: Any, cotangents: Any) -
         return (dx, jax.lax.dynamic_update_slice_in_dim(dw, more, cut.start(index), loss.vocab_dim)), None
 
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    # Zeros made of the operands vary over the mesh axes that the operands vary over.
-    start = zeros(x.shape, wide, lse), zeros(w.shape, w.dtype, lse)
+    # Zeros made of the operands vary over the mesh axes that the operands vary over. The weight's come from behind a barrier:
+    # else a compiler makes one array of them and of those for an embedding's gradient, alive from here on.
+    nothing = jax.lax.optimization_barrier(zeros((), w.dtype, lse))
+    start = zeros(x.shape, wide, lse), jnp.broadcast_to(nothing, w.shape)
     (dx, dw), _ = jax.lax.scan(step, start, jnp.arange(cut.number, dtype=jnp.int32))
     return dx.astype(x.dtype), dw, None
 

@@ -38,7 +38,7 @@ def test_parity_and_traffic(case):
     assert not any("splits no leaf" in line for line in report.findings)
     if name == "llama-tiny":
         assert list(tensor) == ["all-reduce"], "what Megatron moves is sums of activations"
-        kernels = [path for path in shards if path.endswith("kernel") and path != "params/lm_head/kernel"]
+        kernels = [path for path in shards if path.endswith("kernel")]
         assert all("'tensor'" in shards[path] for path in kernels)
         activation = ROWS // 4 * (LENGTH - 1) * 192 * 4  # bytes of x[B_data, T, D]; float32
         inside = [row for row in report.collectives if row["axis"] == "tensor" and row["loop_depth"]]

@@ -80,7 +80,7 @@ def llama_weights(params):
     names |= {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     tops = {"model.embed_tokens.weight": params["wte"]["embedding"], "model.norm.weight": params["norm"]["scale"]}
     if "lm_head" in params:
-        tops["lm_head.weight"] = params["lm_head"]["kernel"].T
+        tops["lm_head.weight"] = params["lm_head"]["embedding"]
     for index, layer in enumerate(models.unstack(params["layers"])):
         for ours, theirs in names.items():
             (array,) = layer[ours].values()
