@@ -84,6 +84,12 @@ def test_buckets_are_the_engines(line):
     assert [trip.num for trip in found.trips] == [bucket["slices"] for bucket in measured["buckets"]]
     assert [trip.sent for trip in found.trips] == [bucket["moved_bytes"] for bucket in measured["buckets"]]
     assert found.grads == measured["grad_bytes"]
+    temps = [
+        (trip.worked, bucket["temp_bytes"])
+        for trip, bucket in zip(found.trips, measured["buckets"], strict=True)
+        if trip.by_host
+    ]
+    assert all(worked == pytest.approx(temp, rel=0.01) for worked, temp in temps)
     for role in ("params", "opt_state"):
         assert closed.memory(job).at_rest[role] == pytest.approx(row["at_rest"][role], abs=64)  # and the optimizer's count
     assert closed.memory(job).peak_bytes == pytest.approx(row["peak_bytes"], rel=0.06)
