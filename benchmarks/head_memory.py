@@ -1,15 +1,13 @@
 """What the chunked head saves: a model's whole step, compiled for devices that are not there, with and without its logits.
 
-    python benchmarks/head_memory.py --json benchmarks/results/head-memory.json     # minutes: twelve compilations of Llama 8B
+    python benchmarks/head_memory.py --json benchmarks/results/head-memory.json  # compile what the file lacks
     python benchmarks/head_memory.py --cpu                                           # time of the head alone, by ratio, here
 
-The question: by how much of the logits' bytes do the temporaries of Llama 8B's step (stage 3, bf16, remat full) fall at 8,192
-tokens per device? (On H100s about half so far: docs/log.md.) The second command times the head's value and gradient on this
-machine, implementations in turn.
+The claim: at 8,192 tokens per device the temporaries of Llama 8B's step (stage 3, bf16, remat full) fall by the logits'
+bytes or more. The second command times the head's value and gradient on this machine, implementations in turn.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -26,10 +24,13 @@ import optax
 
 import jzero
 import pallas_kernels
+from benchmarks import recorded
 from jzero import models
 from jzero.models import matmul
 
 IMPLEMENTATIONS = ("reference", "fused", "chunked")
+# target, sequences per device, their length; or the head alone
+SHAPES = ("h100:8x8 1 8192", "v5p:4x4x4 1 8192", "h100:8x8 4 2048", "v5p:4x4x4 4 2048", "h100:1x8 head", "v5p:2x2x1 head")
 RIVAL = (4, 8192, 2560, 128256)  # batch, length, dim, vocabulary: the size that others published times for
 
 
@@ -61,7 +62,12 @@ def head_bytes(target: str, implementation: str, num_chunks: int | None = None) 
 
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*args).compile()
     flops = (compiled.cost_analysis() or {}).get("flops")
-    row = {"target": target, "implementation": implementation, "num_chunks": num_chunks}
+    row = {
+        "target": target,
+        "implementation": implementation,
+        "num_chunks": num_chunks,
+        "logits_bytes": 2 * batch * length * vocab,
+    }
     return {**row, "temp_bytes": compiled.memory_analysis().temp_size_in_bytes, "flops": flops}
 
 
@@ -96,29 +102,38 @@ def cpu_times(rounds: int = 7) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--cpu", action="store_true", help="only the times of the head on this machine")
-    parser.add_argument("--head-only", action="store_true", help="leave out the whole steps")
+    parser.add_argument("--json", type=Path, help="compiled figures: read, and added to")
+    parser.add_argument("--only", default="", help="compile only rows that contain this text")
+    parser.add_argument("--cpu", action="store_true", help="the times of the head on this machine")
     options = parser.parse_args()
     if options.cpu:
         times = cpu_times()
         for name, seconds in times.items():
             print(f"{name:13} {seconds * 1e3:8.1f} ms   {seconds / times['plain']:.2f} of plain")
         return
-    rows: dict[str, list[Any]] = {"heads": [], "steps": []}
-    for target in ("h100:1x8", "v5p:2x2x1"):
-        for one in IMPLEMENTATIONS:
-            rows["heads"].append(head_bytes(target, one))
-            print(rows["heads"][-1], flush=True)
-    cases = [(target, *shape) for target in ("h100:8x8", "v5p:4x4x4") for shape in ((1, 8192), (4, 2048))]
-    for case in [] if options.head_only else cases:
-        for loss in IMPLEMENTATIONS:
-            rows["steps"].append(step_bytes(*case, loss))
-            print(rows["steps"][-1], flush=True)
-    if options.json:
-        Path(options.json).write_text(
-            json.dumps({"command": " ".join(sys.argv), "jax": jax.__version__, **rows}, indent=1) + "\n"
-        )
+    if options.json is None:
+        parser.error("--json FILE, or --cpu")
+    lines = [f"{shape} {name}" for shape in SHAPES for name in IMPLEMENTATIONS]
+    print(table(recorded.fill(options.json, lines, compile_line, only=options.only)))
+
+
+def compile_line(line: str) -> dict[str, Any]:
+    target, *shape, name = line.split()
+    return head_bytes(target, name) if shape == ["head"] else step_bytes(target, *map(int, shape), name)
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """One row per shape: temporaries by implementation, and by how much of the logits they fall."""
+    head = "| target, sequences x length | logits | " + " | ".join(IMPLEMENTATIONS) + " | fall, chunked | of the logits |"
+    body = []
+    for shape in SHAPES:
+        found = [rows.get(f"{shape} {name}") for name in IMPLEMENTATIONS]
+        if not all(found):
+            continue
+        temps, logits = [one["temp_bytes"] for one in found], found[0]["logits_bytes"]
+        cells = [shape, *(f"{size / 1e6:,.0f} MB" for size in (logits, *temps, temps[0] - temps[-1]))]
+        body.append("| " + " | ".join([*cells, f"{(temps[0] - temps[-1]) / logits:.2f}"]) + " |")
+    return "\n".join([head, "|---" * (len(IMPLEMENTATIONS) + 4) + "|", *body])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Memory(NamedTuple):
 
     at_rest: dict[str, int]  # role -> bytes: params, opt_state, batch
     live: dict[str, int]  # the parts of the moment that needs most
-    moment: str  # "head", "backward" or "update"
+    moment: str  # "head", "backward", "layer" or "update"
 
     @property
     def temp_bytes(self) -> int:

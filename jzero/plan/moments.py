@@ -1,8 +1,9 @@
 """What is alive at the moments of a step that can be its peak: the closed form of temporaries.
 
-Read off the buffer assignments and schedules of compiled programs (docs/log.md). Three moments compete: the head's gradient,
-one layer's backward pass inside attention, and the update. What surprises is that the first two overlap on GPUs: the compiler
-leaves the head's weight gradient for later, so the gradient of the logits waits through the backward pass of the layers.
+Read off the buffer assignments and schedules of compiled programs (docs/log.md). Four moments compete: the head's gradient,
+one layer's backward pass inside attention ("backward") and outside ("layer"), and the update. What surprises is that the first
+overlaps with the next two on GPUs: the compiler leaves the head's weight gradient for later, so the gradient of the logits waits
+through the backward pass of the layers.
 """
 
 from collections.abc import Sequence
@@ -89,17 +90,19 @@ def moments(job: Job, *, fused_attention: bool = False) -> dict[str, Moment]:
         "one layer's activations": job.micro_tokens * worked(job, size),
         "masked rows": _masked(job, size),
     }
-    if job.sequence > 1:  # behind a second gather nothing is fetched ahead: inside attention no weight is there
-        backward |= {"gathered parameters": 0, "one layer's gradients": 0}
     update = {
         "gradients": summed,
         "largest leaf": size.accumulate * max(counted(found, job.zero if scattered else None)),
     }
-    found_moments = {"head": always | head, "backward": always | backward, "update": update}
-    if job.sequence > 1:  # outside attention weights are there, and scores are not
-        beside = {"gathered parameters": one_layer, "one layer's gradients": one_layer, "attention scores": 0}
-        found_moments["layer"] = always | backward | (beside if gathered else {"attention scores": 0})
-    return found_moments
+    # Weights are gathered where they are used: inside attention's backward pass none is there, and outside no scores are. Those
+    # of experts are fetched earlier: in both programs that were compiled they lie beside the scores.
+    is_apart = job.sequence > 1 or (gathered and not isinstance(job.config, MixtralConfig))
+    inside = {"gathered parameters": 0, "one layer's gradients": 0} if is_apart else {}
+    outside = {"attention scores": 0}
+    if job.sequence > 1:  # behind a second gather nothing is fetched ahead
+        outside |= {"gathered parameters": one_layer, "one layer's gradients": one_layer} if gathered else inside
+    found_moments = {"head": always | head, "backward": always | backward | inside, "update": update}
+    return found_moments | ({"layer": always | backward | outside} if inside else {})
 
 
 def _saved_activations(job: Job, size: Sizes) -> Moment:
