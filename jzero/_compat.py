@@ -1,7 +1,8 @@
 """Every use of a JAX internal that moves between versions, behind names of our own.
 
 Met so far: `scan`'s `num_consts`/`num_carry` became `ft_in`; `ClosedJaxpr` became a `Jaxpr` with constants inside;
-`get_bind_params` gives `(subfuns, params)` or `params`. Nothing else in jzero imports `jax._src`.
+`get_bind_params` gives `(subfuns, params)` or `params`; `compute_on`, which is experimental, takes `out_memory_spaces`. Nothing
+else in jzero imports `jax._src`.
 """
 
 import threading
@@ -12,7 +13,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
-from jax._src import core, pjit, source_info_util
+from jax._src import compute_on, core, pjit, source_info_util
 from jax._src import mesh as mesh_lib
 from jax._src.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
@@ -152,6 +153,26 @@ def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     """Run a jaxpr as it is."""
     opened, consts = open_jaxpr(jaxpr)
     return core.eval_jaxpr(opened, consts, *args)
+
+
+def on_host(fn: Callable[..., list[Any]], args: Sequence[Any], spaces: Sequence[Any]) -> list[Any]:
+    """Inside a program: `fn(*args)` by the host's processors, on what lies in host memory or is copied there first.
+
+    Args:
+      args: pytrees of arrays.
+      spaces: for each output the memory that it is wanted in. Told here it is copied once: the TPU compiler copies what it
+        hears of later to the host and back.
+    """
+    there = jax.tree.map(lambda one: jax.device_put(one, jax.memory.Space.Host), tuple(args))
+    # Traced as if all of it were on the device: types name a memory, and constants that are made inside would be in another.
+    avals = [core.typeof(one).update(memory_space=jax.memory.Space.Device) for one in jax.tree.leaves(there)]
+    flat = lambda *leaves: fn(*jax.tree.unflatten(jax.tree.structure(there), leaves))
+    with compute_on.extend_compute_type("device_host"):
+        traced = jax.make_jaxpr(flat)(*avals)
+    return compute_on.compute_on_p.bind(
+        *jax.tree.leaves(there), jaxpr=traced, compute_type="device_host", out_memory_spaces=tuple(spaces),
+        compiler_options_json=None,
+    )  # fmt: skip
 
 
 _before: ContextVar[Any] = ContextVar("_before", default=None)

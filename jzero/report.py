@@ -81,9 +81,10 @@ class Report:
         largest = human(max((bucket["moved_bytes"] for bucket in buckets), default=0))
         moved = human(self.offload["moved_bytes"])
         brought = f"{human(self.offload['brought_bytes'])} brought from files first; " if self.offload["brought_bytes"] else ""
-        return (
-            f"State at rest: {at_rest}; {brought}updated in {len(buckets)} buckets of up to {largest}, {moved} a step each way"
-        )
+        by_host, back = sum(bucket["update"] == "host" for bucket in buckets), human(self.offload["back_bytes"])
+        there = f" ({by_host} of them by the host)" if by_host else ""
+        ways = f"{moved} a step each way" if moved == back else f"{moved} a step to the host and {back} back"
+        return f"State at rest: {at_rest}; {brought}updated in {len(buckets)} buckets{there} of up to {largest}, {ways}"
 
     def buffer_table(self, most: int = 10) -> str:
         """The largest temporaries alive when most are, and the line of code that made each."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
+from optax import contrib
 
 import jzero
 
@@ -76,10 +77,10 @@ def trains(fn=loss, *, batch=None, stage=3, **options):
     return lambda: step(state, batch)
 
 
-def offloads(tx):
+def offloads(tx, **options):
     """A state placed by a step that keeps its optimizer's arrays in host memory."""
     own = jzero.make_train_step(loss, tx)
-    step, state = jzero.shard(own, stage=3, offload=HOST), own.init(params())
+    step, state = jzero.shard(own, stage=3, offload=jzero.Offload(opt_state="host", **options)), own.init(params())
     return lambda: step.place(state)
 
 
@@ -346,6 +347,22 @@ TABLE: dict[str, Callable[[], Bad]] = {
     "fraction without effect": lambda: Bad(
         lambda: jzero.Offload(activations="host", fraction=0.5), ValueError, "no effect", ("fraction=0.5",), "params=",
         who=OFFLOAD,
+    ),
+    "update where nothing is": lambda: Bad(
+        lambda: jzero.Offload(opt_state="host", update="hst"), ValueError, "update= is 'device', 'host' or 'auto'",
+        ("update='hst'",), 'update="auto"', "Did you mean 'host'?", who=OFFLOAD,
+    ),
+    "update without effect": lambda: Bad(
+        lambda: jzero.Offload(activations="host", update="host"), ValueError, "no effect", ("update='host'",), "params=",
+        who=OFFLOAD,
+    ),
+    "update on the host of what needs whole leaves": lambda: Bad(
+        offloads(contrib.muon(1e-3), update="host"), ValueError, "of 2 parameters' updates cannot be computed on the host",
+        ("params/w", "is not elementwise"), "update='auto'", "pieces alone", who=OFFLOAD,
+    ),
+    "update on the host of what rests in files": lambda: Bad(
+        shard(jzero.make_train_step(loss, TX), offload=jzero.Offload(params="nvme:/x", update="host")), NotImplementedError,
+        "the host does not update parameters that rest in files", ("update='host'",), "params='host'", "brought to the device",
     ),
     "activations under a policy that saves nothing": lambda: Bad(
         shard(jzero.make_train_step(loss, TX), remat="full", offload=jzero.Offload(activations="host")), ValueError,

@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec
 from laws import tiny
 
 import jzero
-from jzero.engine import bucket_program
-from jzero.offload import host, slices
+from jzero.engine import bucket_program, computing
+from jzero.offload import buckets, host, slices
 
 
 def make(tx=None, *, stage=3, data=8, offload=None, **options):
@@ -154,6 +154,103 @@ def test_the_report_counts_memories_apart():
     kept = plain.report(state, tiny.batch()).bytes_at_rest
     assert kept["params"] == {"measured": 4 * 2352 // 8, "formula": 4 * 2352 // 8}
     assert kept["opt_state"] == {"measured": 4, "formula": 4}
+
+
+def on_host(**asked):
+    return jzero.Offload(**({"opt_state": "host"} | asked), update="host")
+
+
+@pytest.mark.parametrize(
+    "asked", [pytest.param({}, marks=pytest.mark.slow), {"bucket_bytes": 300}, {"params": "host"}], ids=str
+)
+def test_what_the_host_updates_does_not_travel(asked):
+    step, make_state = make(offload=on_host(**asked))
+    state = jax.eval_shape(make_state)
+    offload = step.report(state, tiny.batch()).offload
+    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(state.params)) // 8
+    beside = 0 if "params" in asked else size
+    assert (offload["moved_bytes"], offload["back_bytes"]) == (size + beside, beside)
+    assert all(row["update"] == "host" and row["held_bytes"] == 0 for row in offload["buckets"])
+    assert any(row["slices"] > 1 for row in offload["buckets"]) == ("bucket_bytes" in asked)
+    assert offload["update"] == {"asked": "host"}
+
+
+@pytest.mark.slow
+def test_a_step_that_is_skipped_leaves_alone_what_the_host_updates():
+    step, make_state = make(precision="fp16", offload=on_host())
+    state = step.init(make_state)
+    scale = jax.device_put(jnp.float32(2.0**60), state.loss_scale.scale.sharding)
+    state = state._replace(loss_scale=state.loss_scale._replace(scale=scale))
+    before = jax.tree.leaves(state.opt_state[0].mu)
+    state, metrics = step(state, tiny.batch())
+    assert metrics["skipped"]
+    assert all(old is new for old, new in zip(before, jax.tree.leaves(state.opt_state[0].mu), strict=True))
+
+
+AUTO = jzero.Offload(opt_state="host", params="host", update="auto")
+
+
+def as_if_measured(monkeypatch, link, host):
+    monkeypatch.setattr(computing, "_untimed", lambda mesh: "")
+    monkeypatch.setattr(buckets, "measure", lambda mesh: (1e-5, link))
+    monkeypatch.setattr(buckets, "measure_host", lambda mesh: host)
+
+
+@pytest.mark.parametrize(("host", "wins"), [(3.4e9, False), (3.6e9, True)])
+def test_where_to_update_follows_from_what_was_measured(monkeypatch, host, wins):
+    """Adam, bytes a parameter: 12 each way over the link, or 4 over it and 28 of the host's memory. Even at 3.5 to 1."""
+    as_if_measured(monkeypatch, 1e9, host)
+    step, make_state = make(offload=AUTO)
+    report = step.report(jax.eval_shape(make_state), tiny.batch())
+    num = 2352 // 8
+    assert {row["update"] for row in report.offload["buckets"]} == {"host" if wins else "device"}
+    figures = report.offload["update"]
+    assert figures["device_s"] == pytest.approx(12 * num / 1e9)
+    assert figures["host_s"] == pytest.approx(4 * num / 1e9 + 28 * num / host)
+    assert any(f"the update of {3 * wins} of 3 parameters" in line for line in report.findings)
+
+
+def test_what_the_host_cannot_update_stays_with_the_device(monkeypatch):
+    as_if_measured(monkeypatch, 1e9, 1e12)
+    plan = plan_of(*make(tables.OPTIMIZERS["muon"](), offload=AUTO))
+    assert [(bucket.on_host, bucket.params) for bucket in plan.buckets] == [(False, (1, 2)), (True, (0,))]  # the bias is Adam's
+    assert any(
+        "2 parameters stay with the device; of the first reshape is not elementwise" in one for one in plan.computed.findings
+    )
+
+
+def test_what_cannot_be_timed_is_updated_on_the_device(monkeypatch):
+    def fail(mesh):
+        raise NotImplementedError("no such thing here")
+
+    said = plan_of(*make(offload=AUTO)).computed.findings
+    assert said == ["update='auto' is computed on the device: these devices are the host's own processors"]
+    as_if_measured(monkeypatch, 1e9, 1e12)
+    monkeypatch.setattr(buckets, "measure_host", fail)
+    plan = plan_of(*make(offload=AUTO))
+    assert not any(bucket.on_host for bucket in plan.buckets)
+    assert "the host could not be timed (NotImplementedError: no such thing here)" in plan.computed.findings[0]
+
+
+def test_the_host_is_timed_by_an_update_of_its_own(monkeypatch):
+    monkeypatch.setattr(buckets, "PROBE_BYTES", 2**16)
+    assert 1e6 < buckets.measure_host(jzero.make_mesh(data=4, tensor=2)) < 1e13
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param(on_host(params="host", bucket_bytes=300), id="host"),
+        pytest.param(jzero.Offload(opt_state="host", fraction=0.7), id="fraction", marks=pytest.mark.slow),
+    ],
+)
+def test_without_donation_the_old_state_is_there_again(asked):
+    """What a program takes where it rests is the state's own."""
+    train_step = jzero.make_train_step(tiny.loss_fn, optax.adamw(1e-2))
+    step = jzero.shard(train_step, stage=3, donate=False, min_shard_elements=1, offload=asked)
+    state = step.place(train_step.init(tiny.make_params()))
+    found = [step(state, tiny.batch())[0] for _ in range(2)]
+    jax.tree.map(np.testing.assert_array_equal, *[(one.params, one.opt_state) for one in found])
 
 
 def test_host_memory_that_is_too_small_is_known_before(monkeypatch):

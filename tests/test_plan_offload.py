@@ -82,10 +82,16 @@ OFFLOADED = {line: row for line, row in COMPARED.items() if "offload" in row}
 def test_buckets_are_the_engines(line):
     job, row = plans_compared.job_of(line), OFFLOADED[line]
     found, measured = offloads.away(job), row["offload"]
-    assert found.host_moved + found.disk_moved == measured["moved_bytes"]
+    assert found.sent == measured["moved_bytes"]
     assert [trip.num for trip in found.trips] == [bucket["slices"] for bucket in measured["buckets"]]
-    assert [trip.host + trip.disk for trip in found.trips] == [bucket["moved_bytes"] for bucket in measured["buckets"]]
+    assert [trip.sent for trip in found.trips] == [bucket["moved_bytes"] for bucket in measured["buckets"]]
     assert found.grads == measured["grad_bytes"]
+    temps = [
+        (trip.worked, bucket["temp_bytes"])
+        for trip, bucket in zip(found.trips, measured["buckets"], strict=True)
+        if trip.by_host
+    ]
+    assert all(worked == pytest.approx(temp, rel=0.01) for worked, temp in temps)
     for role in ("params", "opt_state"):
         assert closed.memory(job).at_rest[role] == pytest.approx(row["at_rest"][role], abs=64)  # and the optimizer's count
     assert closed.memory(job).peak_bytes == pytest.approx(row["peak_bytes"], rel=0.06)
@@ -101,6 +107,28 @@ def test_times_by_hand():
     assert found.step_s == pytest.approx(found.compute_s + found.update_s + found.transfer.waited_s)
     assert found.bound == "host link"
     assert times(job_of("opt_state=host,params=host", accumulate=64, batch=64)).bound == "compute"
+
+
+def test_times_by_hand_where_the_host_updates():
+    """Per parameter 4 bytes of gradient over the link and 28 of host memory; the device's own update is gone."""
+    asked = "opt_state=host,params=host,update="
+    job = job_of(f"{asked}host", model="llama-1b", target="v5e:2x2")
+    found, sent = times(job), times(job).transfer
+    params = 4 * closed.num_params(job.config) / 4
+    assert sent.link_s == pytest.approx(params / (16e9 * 0.8), rel=1e-3)
+    assert sent.host_s == pytest.approx(7 * params / (51.2e9 * 0.8), rel=1e-3)
+    assert sent.waited_s == pytest.approx(sent.fetch_s + sent.link_s + sent.host_s)
+    assert found.update_s == 0
+    away = offloads.away(job)
+    assert (away.sent, away.back) == (away.grads, 0)
+    assert closed.memory(job).at_rest == closed.memory(job_of(f"{asked}device", model="llama-1b", target="v5e:2x2")).at_rest
+    # A TPU's link is a quarter of its host's memory rate; eight GPUs share a host whose links are as fast as its memory.
+    assert offloads.update_of(job_of(f"{asked}auto", model="llama-1b", target="v5e:2x2")) == "host"
+    assert offloads.update_of(job_of(f"{asked}auto", model="llama-1b", target="h100:1x8")) == "device"
+    plan = plan_job(job_of(f"{asked}auto", model="llama-1b", target="v5e:2x2"), compile_too=False)
+    assert plan.job["offload"]["update"] == "host"
+    assert any("on the host, by the figures" in note for note in plan.notes)
+    assert any("host's memory_bandwidth: assumed" in note for note in plan.notes)
 
 
 def test_a_drive_holds_two_generations_and_is_read_and_written_at_once():
@@ -208,8 +236,9 @@ def test_offload_is_a_change_that_is_tried():
 
 def test_a_host_has_sources():
     for target, host in hosts.HOSTS.items():
-        assert set(host.source) == {"devices", "memory", "link", "disk", "disk_bandwidth"}, target
+        assert set(host.source) == {"devices", "memory", "link", "disk", "disk_bandwidth", "memory_bandwidth"}, target
         assert host.memory > 0 < host.link
+        assert 20e9 < host.memory_bandwidth < 1e12, "of one device's share"
     assert set(hosts.HOSTS) == set(facts.FACTS)
 
 

@@ -175,10 +175,12 @@ def test_a_worker_dies_and_the_job_comes_back(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bucket_bytes", [None, 2500], ids=["whole leaves", "slices"])
-def test_offload_in_processes(tmp_path, bucket_bytes):
+@pytest.mark.parametrize(
+    "asked", ["", "bucket_bytes=2500", 'update="host", bucket_bytes=2500'], ids=["whole leaves", "slices", "by the hosts"]
+)
+def test_offload_in_processes(tmp_path, asked):
     """Moments and masters in each process's own host memory: the losses are those of one process on the device."""
-    asked = f'offload=jzero.Offload(opt_state="host", params="host", bucket_bytes={bucket_bytes})'
+    asked = f'offload=jzero.Offload(opt_state="host", params="host", {asked})'
     script = MODEL.replace("min_shard_elements=64)", f"min_shard_elements=64, {asked})")
     launch(tmp_path, script + TELL + SAVE, "-n", "2", "--devices-per-process", "2")
     check_in_this_process(tmp_path, 4)

@@ -11,7 +11,7 @@ from jzero import stages
 from jzero._errors import explain, suggest
 from jzero.engine.layout import Options
 from jzero.offload import Offload, Tier, tier
-from jzero.offload.asked import NVME, Place
+from jzero.offload.asked import DEVICE, NVME, Place
 from jzero.pipeline import schedules
 from jzero.pipeline.model import Pipeline
 from jzero.pipeline.schedule import Schedule
@@ -80,6 +80,12 @@ def _check_offload(fn: Any, offload: Any, donate: Any) -> None:
     if nvme and not donate:
         found, fix = [f"donate=False with {offload}"], "Leave donate= out; checkpoints keep old states."
         raise ValueError(explain(WHO, "a step writes over the files that hold the state before the last", found=found, fix=fix))
+    if "params" in nvme and offload.update != DEVICE:
+        found = [str(offload)]
+        context = "parameters in files are brought to the device for the gradient, and their update finds them there"
+        fix = "Write params='host', or leave update= out."
+        problem = "the host does not update parameters that rest in files"
+        raise NotImplementedError(explain(WHO, problem, found=found, context=context, fix=fix))
     if not isinstance(fn, TrainStep):
         found = [f"{offload} with a step that makes its own update"]
         fix = "Let jzero make the update, so that it can be cut: jzero.make_train_step(loss_fn, optimizer)."

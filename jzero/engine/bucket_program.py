@@ -1,5 +1,6 @@
 """The compiled update of one bucket, under Auto axes as the whole update is otherwise."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,12 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jzero import _compat
-from jzero.engine import compiler
+from jzero.engine import compiler, computing
 from jzero.engine.layout import Layout, Options
 from jzero.engine.offloaded import Update
 from jzero.offload import slices
 from jzero.offload.asked import HOST, NVME
 from jzero.offload.buckets import Bucket
+from jzero.offload.host import KIND
 from jzero.offload.slices import Slices, is_elementwise
 from jzero.step import update
 
@@ -21,8 +23,9 @@ class BucketProgram:
     """The compiled update of one bucket: `(leaves, grads, scales, shared, early) -> leaves`, the leaves donated.
 
     A bucket of one group that is larger than a bucket should be takes its leaves where they rest and fetches slices of them
-    itself, if its update is elementwise. With `keeps_params` the old state stays valid; new parameters take the memory of the
-    gradients where these have their dtype, or of what came from files.
+    itself, if its update is elementwise. One that the host updates takes them where they rest too (what rests in files, from
+    host memory); gradients and what rests on the device travel, and the latter back. With `keeps_params` the old state stays
+    valid; new parameters take the memory of the gradients where these have their dtype, or of what came from files.
     """
 
     def __init__(self, plan: Update, bucket: Bucket, options: Options, *, keeps_params: bool = False):
@@ -36,14 +39,26 @@ class BucketProgram:
         self.jaxpr, self.used = plan.split.part(outputs)
         self.slices = self._slices()
         layout = plan.layout
-        self.shardings = [(layout.shardings if self.slices else layout.on_device)[index] for index in self.members]
-        self.places = [None if self.slices else layout.places[index] for index in self.members]
+        self.shardings = [self._sharding(index) for index in self.members]
+        self.places = [None if self._stays(index) else layout.places[index] for index in self.members]
         self.lowered = self._lower(layout, options, keeps_params)
-        self.compiled = self.lowered.compile()
+        self.compiled = computing.compiled(self.lowered, bucket)
 
     def __call__(self, members: list[Any], grads: list[Any], *values: list[Any]) -> list[Any]:
         num_params = len(self.bucket.params)
         return self.compiled(members[:num_params], members[num_params:], grads, *values)
+
+    def _stays(self, index: int) -> bool:
+        """Whether the program takes a leaf where it rests."""
+        place = self.plan.layout.places[index]
+        return place is None or (place.kind == HOST and (self.slices is not None or self.bucket.on_host))
+
+    def _sharding(self, index: int) -> NamedSharding:
+        """Where the program takes a leaf."""
+        layout = self.plan.layout
+        if self._stays(index):
+            return layout.shardings[index]
+        return layout.on_device[index].with_memory_kind(KIND) if self.bucket.on_host else layout.on_device[index]
 
     @property
     def held_bytes(self) -> int:
@@ -64,23 +79,61 @@ class BucketProgram:
 
     def _run(self, members: list[Any], grads: list[Any], scales: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
         if self.slices is None:
-            return _compat.evaluate(self.jaxpr, self._inputs(members, update.scaled(grads, scales), shared, early))
+            return self._computed(members, grads, scales, shared, early)
         # Where the program sees them: for GPUs that are only described the memory kind is dropped, and all is device memory.
         cut, is_away = self.slices, [jax.typeof(one).memory_space == jax.memory.Space.Host for one in members]
-        shape = cut.shape(self.plan.layout.avals[self.members[0]].shape)
+        shape, on_host = cut.shape(self.plan.layout.avals[self.members[0]].shape), self.bucket.on_host
 
         def one_slice(index: jax.Array, members: list[Any]) -> list[Any]:
-            pieces = [cut.take(one, index) for one in members]
-            pieces = [_move(one, jax.memory.Space.Device, away) for one, away in zip(pieces, is_away, strict=True)]
-            parts = update.scaled([cut.take(grad, index) for grad in grads], scales)
-            given = self._inputs(pieces, parts, shared, early)
-            new = slices.evaluate(self.jaxpr, given, shape)
-            new = [_move(one, jax.memory.Space.Host, away) for one, away in zip(new, is_away, strict=True)]
-            return [cut.put(one, piece, index) for one, piece in zip(members, new, strict=True)]
+            """What rests away is fetched slice by slice; the host takes slices of it where it rests, and puts them back."""
+            stays = [away and on_host for away in is_away]
+            pieces = [one if stay else cut.take(one, index) for one, stay in zip(members, stays, strict=True)]
+            parts = [cut.take(grad, index) for grad in grads]
+            if on_host:
+                new = self._computed(pieces, parts, scales, shared, early, shape, stays, index)
+            else:
+                pieces = [_move(one, jax.memory.Space.Device, away) for one, away in zip(pieces, is_away, strict=True)]
+                new = self._computed(pieces, parts, scales, shared, early, shape)
+                new = [_move(one, jax.memory.Space.Host, away) for one, away in zip(new, is_away, strict=True)]
+            every = zip(members, new, stays, strict=True)
+            return [piece if stay else cut.put(one, piece, index) for one, piece, stay in every]
 
         return jax.lax.fori_loop(0, cut.num, one_slice, members)
 
-    def _inputs(self, members: list[Any], grads: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
+    def _computed(
+        self, members: list[Any], grads: list[Any], scales: list[Any], shared: list[Any], early: list[Any],
+        shape: tuple[int, ...] | None = None, whole: Sequence[bool] = (), index: Any = None,
+    ) -> list[Any]:  # fmt: skip
+        """New members from old ones, each in the memory of the old one.
+
+        Args:
+          shape: of a slice, where these are slices.
+          whole: which members are whole for all that, of which slice `index` is updated in place.
+        """
+        parts = {"members": members, "grads": grads, "shared": shared, "early": early, "consts": self.plan.split.consts}
+        marks = self._inputs(**{name: [(name, at) for at in range(len(part))] for name, part in parts.items()})
+        given = {(name, at): parts[name][at] for name, at in marks} | {("members", at): one for at, one in enumerate(members)}
+
+        cut: Any = self.slices
+
+        def run(given: dict[tuple[str, int], Any], scales: list[Any], index: Any) -> list[Any]:
+            scale = lambda mark, one: update.scaled([one], scales)[0] if mark[0] == "grads" else one
+            values = {mark: scale(mark, one) for mark, one in given.items()}
+            within = [("members", at) for at, yes in enumerate(whole) if yes]
+            values |= {mark: cut.take(given[mark], index) for mark in within}
+            inputs = [values[mark] for mark in marks]
+            new = _compat.evaluate(self.jaxpr, inputs) if shape is None else slices.evaluate(self.jaxpr, inputs, shape)
+            for mark in within:
+                new[mark[1]] = cut.put(given[mark], new[mark[1]], index)
+            return new
+
+        if not self.bucket.on_host:
+            return run(given, scales, index)
+        return _compat.on_host(run, (given, scales, index), [jax.typeof(one).memory_space for one in members])
+
+    def _inputs(
+        self, members: Sequence[Any], grads: Sequence[Any], shared: Sequence[Any], early: Sequence[Any], consts: Sequence[Any]
+    ) -> list[Any]:  # fmt: skip
         """What the part of the traced update takes."""
         num_params, num_arrays, _ = self.plan.num_outputs
         params: list[Any] = [None] * num_params
@@ -90,7 +143,7 @@ class BucketProgram:
             params[at], given[at] = leaf, grad
         for at, leaf in zip(self.array_at, members[len(self.param_at) :], strict=True):
             arrays[at] = leaf
-        every = [*self.plan.inputs(params, given, arrays, shared), *early]
+        every = [*consts, *self.plan.inputs(params, given, arrays, shared)[len(consts) :], *early]
         return [value for value, keep in zip(every, self.used, strict=True) if keep]
 
     def _lower(self, layout: Layout, options: Options, keeps_params: bool) -> Any:
@@ -102,23 +155,31 @@ class BucketProgram:
         shared = [*(layout.avals[index] for index in self.plan.scalars), state.step, state.rng]
         shared.append(jax.ShapeDtypeStruct((), jnp.float32))
         whole = NamedSharding(options.mesh, PartitionSpec())
-        num_params, alike = len(params), all(layout.avals[index].dtype == self.plan.accumulate_dtype for index in params)
+        num_params = len(params)
         own, opt_state = self.shardings[:num_params], self.shardings[num_params:]
+        alike = all(layout.avals[index].dtype == self.plan.accumulate_dtype for index in params)
+        alike = alike and not any(sharding.memory_kind == KIND for sharding in own)
         jitted = jax.jit(
             lambda own, opt_state, grads, *values: self._run([*own, *opt_state], grads, *values),
             in_shardings=(own, opt_state, [layout.on_device[index] for index in params], whole, whole, whole),
-            donate_argnums=self._donated(alike) if keeps_params else (0, 1),
+            donate_argnums=self._donated(options, keeps_params, alike),
             out_shardings=self.shardings, keep_unused=True, compiler_options=compiler.options(options.mesh),
         )  # fmt: skip
         early = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.plan.split.early]
         scales = [jax.ShapeDtypeStruct((), jnp.float32)] * self.plan.num_scales
         return jitted.lower(avals[:num_params], avals[num_params:], grads, scales, shared, early)
 
-    def _donated(self, alike: bool) -> tuple[int, ...]:
-        """Where the state that came in stays valid: copies of what rests elsewhere, and gradients for new parameters."""
+    def _donated(self, options: Options, keeps_params: bool, alike: bool) -> tuple[int, ...]:
+        """Parameters are the gradient program's copies, or the state's own; gradients nobody wants any more. Where the state
+        that came in stays valid: copies of what rests elsewhere, and gradients for new parameters.
+        """
+        params, opt_state = self.bucket.params, self.bucket.opt_state
+        if not keeps_params:
+            own = [place is None for place in self.places[len(params) :]]  # the state's own arrays
+            return (0, 1) if options.donate or not any(own) else (0,)
         places = self.plan.layout.places
-        moments = (1,) if all(places[index] is not None for index in self.bucket.opt_state) else ()
-        if all((place := places[index]) is not None and place.kind == NVME for index in self.bucket.params):
+        moments = (1,) if all(places[index] is not None for index in opt_state) else ()
+        if all((place := places[index]) is not None and place.kind == NVME for index in params):
             return (0, *moments)
         return (*moments, 2) if alike else moments
 

@@ -18,12 +18,10 @@ from jzero._tree import num_bytes
 from jzero.engine import compiler
 from jzero.engine.bucket_program import BucketProgram
 from jzero.engine.layout import Layout, Options
-from jzero.offload import slices
 from jzero.offload.asked import NVME
 from jzero.offload.nvme.array import DiskArray
 from jzero.offload.nvme.shard_file import part_bytes
 from jzero.offload.slices import Slices, is_elementwise
-from jzero.step import update
 
 
 class SlicedProgram(BucketProgram):
@@ -83,7 +81,8 @@ class SlicedProgram(BucketProgram):
     def _lower(self, layout: Layout, options: Options, keeps_params: bool) -> Any:
         if self.cut is None:
             return super()._lower(layout, options, keeps_params)
-        aval = lambda index, shape: jax.ShapeDtypeStruct(shape, layout.avals[index].dtype, sharding=layout.on_device[index])
+        sharding_of = dict(zip(self.members, self.shardings, strict=True))
+        aval = lambda index, shape: jax.ShapeDtypeStruct(shape, layout.avals[index].dtype, sharding=sharding_of[index])
         params, opt_state, all_of = self.bucket.params, self.bucket.opt_state, [leaf.shape for leaf in layout.avals]
         whole_own = not self.params_travel or self.plan.held.issuperset(params)
         own = [aval(index, all_of[index] if whole_own else self.cut.shape(all_of[index])) for index in params]
@@ -122,9 +121,9 @@ class SlicedProgram(BucketProgram):
         cut = self.cut
         assert cut is not None
         shape = cut.shape(self.plan.layout.avals[self.members[0]].shape)
-        parts = update.scaled([cut.take(grad, index) for grad in grads], scales)
+        parts = [cut.take(grad, index) for grad in grads]
         own = [one if one.shape == shape else cut.take(one, index) for one in own]
-        return slices.evaluate(self.jaxpr, self._inputs([*own, *moments], parts, shared, early), shape)
+        return self._computed([*own, *moments], parts, scales, shared, early, shape)
 
 
 def rows(avals: Sequence[Any], sharding: NamedSharding, wanted: int) -> Slices | None:

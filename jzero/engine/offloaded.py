@@ -6,7 +6,7 @@ optimizer's arrays. Update programs run under Auto axes on the bucket's leaves, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jzero import _compat
-from jzero.engine import resting
+from jzero.engine import computing, resting
+from jzero.engine.computing import Computed
 from jzero.engine.layout import Layout, Options
 from jzero.offload import buckets as packing
 from jzero.offload import split as splitting
@@ -48,6 +49,7 @@ class Update:
     accumulate_dtype: Any
     num_scales: int
     compute_dtype: Any = None
+    computed: Computed = field(default_factory=Computed)
     late: frozenset[int] = frozenset()  # numbers of small leaves of the optimizer's that need its arrays: they go with a bucket
 
     @cached_property
@@ -117,8 +119,12 @@ def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
     while found.late:  # scales of 8-bit moments, say
         bare = replace(bare, late=bare.late | {bare.scalars[at] for at in found.late})
         found = splitting.split(*_traced(step, bare), num_scalars=len(bare.scalars))
+    groups, plan, asked = _groups(bare, found), replace(bare, split=found), options.offload.update
+    reasons = computing.reasons(plan, groups, asked)  # may be an error, so before anything is measured
     size = resting.bucket_bytes(layout, options)
-    return replace(bare, split=found, buckets=packing.pack(_groups(bare, found), size), bucket_bytes=size)
+    plan = replace(plan, bucket_bytes=size)
+    groups, computed = computing.choose(plan, groups, reasons, asked)
+    return replace(plan, buckets=packing.pack(groups, size), computed=computed)
 
 
 def _traced(step: TrainStep, update_: Update) -> tuple[Any, list[Input], int, list[str]]:

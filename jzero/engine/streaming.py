@@ -9,14 +9,14 @@ import numpy as np
 
 from jzero import audit
 from jzero._tree import num_bytes
-from jzero.engine import offloaded, programs, reporting
+from jzero.engine import computing, offloaded, programs, reporting
 from jzero.engine.bringing import Bringing
 from jzero.engine.by_slices import SlicedProgram
 from jzero.engine.layout import Layout, Options, Trace
 from jzero.engine.offloaded import Carried, Update
 from jzero.engine.programs import Program
 from jzero.engine.statics import Statics
-from jzero.offload.asked import NVME
+from jzero.offload.asked import DEVICE, HOST, NVME
 from jzero.offload.stream import Leaves, Stream
 from jzero.report import Report
 from jzero.step import TrainStep
@@ -171,20 +171,19 @@ def report(program: StreamedProgram, found: Report) -> Report:
         "brought_bytes": bringing.read_bytes,
         "brought_in": len(bringing.groups),
         "held_bytes": sum(map(shard, plan.held)),
+        "back_bytes": sum(row["back_bytes"] for row in buckets),
         "gradient_temp_bytes": found.temp_bytes,
         "grad_bytes": grads,
         "places": {tier.name: tier.describe() for tier in program.options.tiers.values()},
         "settings": str(program.options.offload),
+        "update": plan.computed.to_dict(),
     }
+    told = [*plan.computed.findings, *(line for tier in program.options.tiers.values() for line in tier.findings)]
     return replace(
         found, bytes_at_rest=resting, temp_bytes=temp, peak_bytes=on_device + temp, leaves=rows, offload=offload,
-        findings=[*found.findings, *_kept(program, sum(map(shard, beside))), *_of_tiers(program.options)],
+        findings=[*found.findings, *_kept(program, sum(map(shard, beside))), *told],
         num_compiled=found.num_compiled + len(program.buckets) + bringing.num_programs,
     )  # fmt: skip
-
-
-def _of_tiers(options: Options) -> list[str]:
-    return [line for tier in options.tiers.values() for line in tier.findings]
 
 
 def _kept(program: StreamedProgram, num_bytes: int) -> list[str]:
@@ -206,7 +205,7 @@ def _without(figure: dict[str, int], layout: Layout, numbers: Sequence[int], opt
     return found
 
 
-def _figures(one: SlicedProgram) -> dict[str, int]:
+def _figures(one: SlicedProgram) -> dict[str, Any]:
     """One update program: bytes per device."""
     memory, layout = one.compiled.memory_analysis(), one.plan.layout
     beyond = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -214,10 +213,14 @@ def _figures(one: SlicedProgram) -> dict[str, int]:
     grads = [audit.shard_bytes(shape(index), layout.on_device[index]) for index in one.bucket.params]
     already = [index for index in one.bucket.params if index in one.plan.held]
     held = sum(audit.shard_bytes(layout.avals[index], layout.on_device[index]) for index in already)
+    load = computing.load_of(one.plan, one.bucket)
     return {
         "leaves": len(one.members),
-        "moved_bytes": one.bucket.moved_bytes,
-        "held_bytes": 0 if one.slices else one.held_bytes - held // one.num_rounds,  # of slices: in temp_bytes
+        "update": HOST if one.bucket.on_host else DEVICE,
+        "moved_bytes": load.out if one.bucket.on_host else load.moved,  # to the device, or to the host: the longer way
+        "back_bytes": load.beside if one.bucket.on_host else load.moved,
+        # Of slices: in temp_bytes.
+        "held_bytes": 0 if one.slices or one.bucket.on_host else one.held_bytes - held // one.num_rounds,
         "slices": one.slices.num if one.slices else one.num_rounds,
         "grad_bytes": sum(grads),
         "temp_bytes": int(memory.temp_size_in_bytes) + max(int(beyond), 0),

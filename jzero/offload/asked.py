@@ -8,6 +8,8 @@ from jzero._errors import explain, suggest
 
 WHO = "jzero.Offload"
 HOST, NVME = KINDS = ("host", "nvme")
+DEVICE, AUTO = "device", "auto"
+UPDATES = (DEVICE, HOST, AUTO)
 
 
 class Place(NamedTuple):
@@ -32,6 +34,10 @@ class Offload:
         whose moving costs most time per byte, which are the smallest, and then as many as fit.
       bucket_bytes: per device, how much arrives, is updated and leaves at a time. None derives it from the largest leaf and
         free memory (`jzero/offload/buckets.py`).
+      update: where the update of what is offloaded is computed. `"device"`: moments and masters come to it and go back.
+        `"host"`: they stay, the host's processors compute, and only gradients leave the device and parameters that rest there
+        come back; for updates without a collective (`jzero/engine/computing.py`). `"auto"`: where link and processors, timed,
+        say it takes less time.
 
     Raises:
       ValueError, TypeError: a place that is none, a fraction outside 0..1, a setting without effect.
@@ -46,6 +52,7 @@ class Offload:
     activations: str | None = None
     fraction: float = 1.0
     bucket_bytes: int | None = None
+    update: str = DEVICE
 
     def __post_init__(self) -> None:
         places = {name: parse(name, getattr(self, name)) for name in ("opt_state", "params", "activations")}
@@ -69,7 +76,12 @@ class Offload:
             fix = "A number of bytes per device, such as 256 * 2**20, or None."
             found = [f"bucket_bytes={size!r}"]
             raise ValueError(explain(WHO, "bucket_bytes= is a positive whole number", found=found, fix=fix))
+        if self.update not in UPDATES:
+            found, context = [f"update={self.update!r}"], suggest(str(self.update), UPDATES)
+            fix = 'Write update="host", or update="auto" to have it measured.'
+            raise ValueError(explain(WHO, "update= is 'device', 'host' or 'auto'", found=found, context=context, fix=fix))
         idle = [f"fraction={fraction!r}"] * (fraction != 1) + [f"bucket_bytes={size!r}"] * (size is not None)
+        idle += [f"update={self.update!r}"] * (self.update != DEVICE)
         if idle and not has_state:
             fix = "They are about opt_state= and params=; activations go as the remat policy says."
             raise ValueError(explain(WHO, "a setting would have no effect", found=idle, fix=fix))

@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jzero import _compat
 from jzero.offload.host import KIND
 
 DEFAULT_BYTES = 256 * 2**20  # where nothing can be measured: devices that are only described, several processes
@@ -21,13 +23,17 @@ class Bucket(NamedTuple):
 
     params: tuple[int, ...]
     opt_state: tuple[int, ...]
-    moved_bytes: int  # per device, one way
+    moved_bytes: int  # per device, one way; where the host updates, the memory that it takes there or on the device
+    on_host: bool = False  # whether the host updates it
 
 
 def pack(groups: Sequence[Bucket], bucket_bytes: int) -> list[Bucket]:
-    """Groups in order, as many to a bucket as fit. What moves nothing comes first; last what is larger than a bucket, each by
-    itself: it may come slice by slice, when nothing else is there.
+    """Groups in order, as many to a bucket as fit. What moves nothing comes first; then what is larger than a bucket, each by
+    itself: it may come slice by slice, when nothing else is there. Last what the host updates, likewise.
     """
+    of_host = [group for group in groups if group.on_host]
+    if of_host and len(of_host) < len(groups):
+        return [*pack([group for group in groups if not group.on_host], bucket_bytes), *pack(of_host, bucket_bytes)]
     still = [group for group in groups if not group.moved_bytes]
     packed = [_joined(still)] if still else []
     current: list[Bucket] = []
@@ -41,8 +47,8 @@ def pack(groups: Sequence[Bucket], bucket_bytes: int) -> list[Bucket]:
 
 
 def _joined(groups: Sequence[Bucket]) -> Bucket:
-    params, opt_state, sizes = zip(*groups, strict=True)
-    return Bucket(tuple(sorted(sum(params, ()))), tuple(sorted(sum(opt_state, ()))), sum(sizes))
+    params, opt_state, sizes, on_host = zip(*groups, strict=True)
+    return Bucket(tuple(sorted(sum(params, ()))), tuple(sorted(sum(opt_state, ()))), sum(sizes), all(on_host))
 
 
 def default_bytes(mesh: Mesh) -> int:
@@ -73,6 +79,33 @@ def measure(mesh: Mesh) -> tuple[float, float]:
 
     latency = seconds(8)
     return latency, PROBE_BYTES / max(seconds(PROBE_BYTES) - latency, 1e-6)
+
+
+def measure_host(mesh: Mesh) -> float:
+    """Bytes per second and device that the host's processors read and write in an update like Adam's: the best of three.
+
+    All devices' pieces at once, as in a step: those of one host share its processors.
+    """
+    spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names), memory_kind=KIND)
+    zeros = np.zeros(PROBE_BYTES // 4 * mesh.size, np.float32)
+    arrays = [jax.block_until_ready(jax.device_put(zeros, spread, may_alias=False)) for _ in range(4)]
+    program = jax.jit(_probe, in_shardings=[spread] * 4, out_shardings=[spread] * 4, donate_argnums=(0, 1, 2, 3))
+    times = []
+    for _ in range(4):  # the first one compiles
+        start = time.perf_counter()
+        arrays = jax.block_until_ready(program(*arrays))
+        times.append(time.perf_counter() - start)
+    return 7 * PROBE_BYTES / min(times[1:])
+
+
+def _probe(*arrays: jax.Array) -> list[jax.Array]:
+    """A parameter, its moments and its gradient: four are read, three written."""
+
+    def adam(param: jax.Array, first: jax.Array, second: jax.Array, grad: jax.Array) -> list[jax.Array]:
+        first, second = 0.9 * first + 0.1 * grad, 0.99 * second + 0.01 * grad * grad
+        return [param - 1e-3 * first / (jnp.sqrt(second) + 1e-8), first, second]
+
+    return [*_compat.on_host(adam, arrays, [jax.memory.Space.Host] * 3), arrays[3]]
 
 
 def _free(device: jax.Device) -> int | None:

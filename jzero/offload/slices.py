@@ -12,13 +12,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from jzero import _compat
-
-_NAMES = """
-add sub mul div neg sign abs max min pow integer_pow square sqrt rsqrt cbrt exp exp2 log log1p expm1 tanh logistic sin cos erf
-select_n clamp convert_element_type reduce_precision copy stop_gradient add_any eq ne lt le gt ge and or not xor is_finite
-floor ceil round
-"""
-ELEMENTWISE = frozenset(_NAMES.split())
+from jzero.offload.elementwise import obstacles
 
 
 class Slices(NamedTuple):
@@ -52,13 +46,8 @@ def cut(shape: Sequence[int], sharding: NamedSharding, moved_bytes: int, bucket_
 
 def is_elementwise(jaxpr: Any, shape: tuple[int, ...]) -> bool:
     """Whether each element of the outputs depends on the same element of the arrays, all of one shape, and on scalars."""
-    shapes = ((), shape)
-    fits = lambda atom: atom.aval.shape in shapes
-    for eqn in jaxpr.eqns:
-        spread = eqn.primitive.name == "broadcast_in_dim" and all(atom.aval.shape == () for atom in eqn.invars)
-        if not (spread or eqn.primitive.name in ELEMENTWISE) or not all(map(fits, (*eqn.invars, *eqn.outvars))):
-            return False
-    return all(map(fits, (*jaxpr.invars, *jaxpr.outvars)))
+    fits = lambda atom: atom.aval.shape in ((), shape)
+    return all(map(fits, (*jaxpr.invars, *jaxpr.outvars))) and not any(obstacles(jaxpr))
 
 
 def evaluate(jaxpr: Any, args: Sequence[Any], shape: tuple[int, ...]) -> list[Any]:

@@ -13,7 +13,7 @@ class Leaves(NamedTuple):
     """The leaves of one bucket in a fixed order, some of which rest at a place."""
 
     at_rest: list[Any]
-    shardings: Sequence[Any]  # on the device
+    shardings: Sequence[Any]  # where they are to arrive
     places: Sequence[Place | None]
     here: Sequence[bool] = ()  # that are on the device already, and only leave
 

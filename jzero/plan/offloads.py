@@ -2,11 +2,13 @@
 
 The gradient program gives out gradients in the accumulation dtype, so they are whole beside its temporaries. Then buckets of
 parameters and moments are updated one after the other, two on the device at a time (`jzero/offload/stream.py`); a leaf larger
-than a bucket goes by slices, if the engine can slice it there (`jzero/offload/slices.py`, `jzero/engine/by_slices.py`).
-Parameters in files are brought before the gradient; cast to the dtype of the computation, or else as they are, and then the
-update need not read them again (`jzero/engine/bringing.py`).
+than a bucket goes by slices, if the engine can slice it there (`jzero/offload/slices.py`, `jzero/engine/by_slices.py`). What
+the host updates stays there, and gradients go (`jzero/engine/computing.py`). Parameters in files are brought before the
+gradient; cast to the dtype of the computation, or else as they are, and then the update need not read them again
+(`jzero/engine/bringing.py`).
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -16,14 +18,15 @@ from jzero import precision as precisions
 from jzero import stages
 from jzero.engine import by_slices
 from jzero.engine import resting as engine_resting
+from jzero.engine.computing import Load
 from jzero.offload import buckets as packing
 from jzero.offload import slices
-from jzero.offload.asked import HOST, NVME
+from jzero.offload.asked import AUTO, DEVICE, HOST, NVME
 from jzero.offload.buckets import Bucket
 from jzero.offload.nvme.tier import NUM_LANES
 from jzero.offload.places import staying
+from jzero.plan import hosts, pipelines
 from jzero.plan import moments as moment
-from jzero.plan import pipelines
 from jzero.plan.job import Job
 from jzero.plan.moments import Moment
 from jzero.plan.shapes import Leaf, Split
@@ -36,9 +39,11 @@ class Trip(NamedTuple):
 
     host: int
     disk: int
+    load: Load
     num: int = 1
-    in_program: bool = False  # slices of host memory fetched by the update's own program, in turns with their way back
+    in_program: bool = False  # slices of host memory that the update's own program takes, in turns with their way back
     here: int = 0  # of `disk`, what only leaves: parameters that were brought for the gradient and are still there
+    by_host: bool = False  # updated there: what moves is `load`'s
 
     @property
     def read(self) -> int:
@@ -48,12 +53,25 @@ class Trip(NamedTuple):
     @property
     def held(self) -> int:
         """What of it is on the device when it has arrived."""
-        return 0 if self.in_program else (self.host + self.read) // self.num
+        return 0 if self.in_program or self.by_host else (self.host + self.read) // self.num
 
     @property
     def worked(self) -> int:
-        """What the update's program has of it beyond that: a slice that arrives while another leaves."""
+        """What the update's program has of it beyond that: a slice that arrives while another leaves; or for the host
+        gradients and parameters as they go, and as these come back.
+        """
+        if self.by_host:
+            return (self.load.grads + 2 * self.load.beside) // self.num
         return 2 * self.host // self.num if self.in_program else 0
+
+    @property
+    def sent(self) -> int:
+        """To the host, by the longer way."""
+        return self.load.out if self.by_host else self.host + self.disk
+
+    @property
+    def back(self) -> int:
+        return self.load.beside if self.by_host else self.host + self.disk
 
 
 class Away(NamedTuple):
@@ -70,7 +88,7 @@ class Away(NamedTuple):
 
     @property
     def host_moved(self) -> int:
-        """Each way and step, between two steps: what buckets of host memory move."""
+        """What of the buckets rests in host memory: where the device updates it moves each way in a step."""
         return sum(trip.host for trip in self.trips)
 
     @property
@@ -89,6 +107,15 @@ class Away(NamedTuple):
         return sum(trip.here for trip in self.trips)
 
     @property
+    def sent(self) -> int:
+        """Each step over the link, to the host where that updates; `back` the other way."""
+        return sum(trip.sent for trip in self.trips)
+
+    @property
+    def back(self) -> int:
+        return sum(trip.back for trip in self.trips)
+
+    @property
     def pool(self) -> int:
         """Of the NVMe tier: lanes as large as the largest piece."""
         pieces = [*self.brought, *(trip.disk // trip.num for trip in self.trips if trip.disk)]
@@ -97,8 +124,9 @@ class Away(NamedTuple):
 
     @property
     def staged(self) -> int:
-        """New leaves in host memory while the old ones of their bucket are still there."""
-        return max((trip.host for trip in self.trips if not trip.in_program), default=0)
+        """New leaves in host memory while the old ones of their bucket are there; of files for the host, two buckets."""
+        new = max((trip.host for trip in self.trips if not trip.in_program and not trip.by_host), default=0)
+        return new + 2 * max((trip.disk // trip.num for trip in self.trips if trip.by_host), default=0)
 
     @property
     def host_bytes(self) -> int:
@@ -207,15 +235,53 @@ def _trips(job: Job, found: tuple[Leaf, ...], going: dict[int, int]) -> list[Tri
     parts = {index: [going.get(row * len(found) + index, 0) for row in range(3)] for index in order}
     rows = [row for row, role in enumerate(_ROLES) if _on_disk(job, role)]
     is_held = _on_disk(job, "params") and size.param == size.compute
+    loads, by_host = _loads(job, found, parts), update_of(job) == HOST
+    every = [Bucket((index,), (index,), loads[index].moved) for index in order]
+    groups = [one._replace(on_host=True, moved_bytes=loads[one.params[0]].held) if by_host and one.moved_bytes else one
+              for one in every]  # fmt: skip
     trips = []
-    for bucket in packing.pack([Bucket((index,), (index,), sum(parts[index])) for index in order], wanted):
+    for bucket in packing.pack(groups, wanted):
         of_disk = sum(parts[index][row] for index in bucket.params for row in rows)
         here = sum(parts[index][0] for index in bucket.params) if is_held else 0
+        moved, beside, grads = (sum(loads[index][at] for index in bucket.params) for at in range(3))
+        load = Load(moved, beside, grads)
         num, in_program = 1, False
         if bucket.moved_bytes > wanted:
             num, in_program = _pieces(job, found[bucket.params[0]], parts[bucket.params[0]], bucket.moved_bytes, wanted)
-        trips.append(Trip(bucket.moved_bytes - of_disk, of_disk, num, in_program, here))
+        trips.append(Trip(load.moved - of_disk, of_disk, load, num, in_program, here, bucket.on_host))
     return trips
+
+
+def _loads(job: Job, found: tuple[Leaf, ...], parts: dict[int, list[int]]) -> dict[int, Load]:
+    """Leaf by leaf what rests off the device, what beside it on the device, and its gradient."""
+    every, size, stage = resting(job), moment.sizes(job), stages.get(job.stage)
+    grads = moment.counted(found, job.zero if stage.shard_params else None)
+    whole = {index: every["params"][index] + 2 * every["opt_state"][index] for index in parts}
+    moved = {index: sum(amounts) for index, amounts in parts.items()}
+    return {index: Load(moved[index], whole[index] - moved[index], size.accumulate * grads[index]) for index in parts}
+
+
+def update_of(job: Job) -> str:
+    """Where the update is computed. `"auto"`: where link and host memory (`hosts`) say that all of it takes less time; the
+    engine decides by what it measures, and on devices that are not there for the device.
+    """
+    assert job.offload is not None
+    if job.offload.update != AUTO:
+        return job.offload.update
+    both = {name: job._replace(offload=replace(job.offload, update=name)) for name in (DEVICE, HOST)}
+    seconds = {name: _update_s(one) for name, one in both.items()}
+    return min(seconds, key=lambda name: seconds[name])
+
+
+def _update_s(job: Job) -> float:
+    found, room = away(job), hosts.room_of(job)
+    assert found is not None
+    return sum(
+        trip.load.seconds_on_host(room.link, room.host_bandwidth)
+        if trip.by_host
+        else trip.load._replace(in_turns=trip.in_program).seconds_on_device(room.link)
+        for trip in found.trips
+    )
 
 
 class _Placed(NamedTuple):

@@ -175,7 +175,11 @@ def _off_the_device(offload: dict[str, Any]) -> list[str]:
     """What each device has elsewhere, and moves."""
     places = {memory: size for memory, size in offload.get("at_rest", {}).items() if memory != "device"}
     rests = " and ".join(f"{human(size)} rest in {memory}" for memory, size in places.items())
-    return [f"offload: {rests}, for each device; {human(offload['moved_bytes'])} move each way in a step"] if places else []
+    if not places:
+        return []
+    out, back = human(offload["moved_bytes"]), human(offload["back_bytes"])
+    ways = f"{out} move each way in a step" if out == back else f"{out} go to the host in a step and {back} come back"
+    return [f"offload: {rests}, for each device; {ways}"]
 
 
 def abstract(tree: Any) -> Any:

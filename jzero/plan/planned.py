@@ -1,9 +1,10 @@
 """A job's plan: the closed form at once, the compiled program if asked for, and the two side by side."""
 
+from dataclasses import replace
 from typing import Any
 
 from jzero.models import GPT2Config, MixtralConfig
-from jzero.offload.asked import NVME
+from jzero.offload.asked import AUTO, NVME
 from jzero.offload.host import PINNED_LIMIT
 from jzero.plan import closed, compiled, exchanges, facts, fit, hosts, offloads, pipelines
 from jzero.plan.job import Job
@@ -18,7 +19,9 @@ _GPU_ATTENTION = (
     "Compiled without a GPU, attention is XLA's own, which writes its scores; on the device cuDNN's is used for 16-bit "
     "dtypes and writes none: the closed form's peak is {peak} then."
 )
-_BLIND = "Not compiled: the GPU compiler without a device counts activations that are saved in host memory as device memory."
+_BLIND = (
+    "Not compiled: the GPU compiler without a device knows no host memory, neither for activations nor for an update there."
+)
 _ATTENTION = {"ulysses": "an exchange of heads", "ring": "a ring"}
 
 
@@ -28,8 +31,10 @@ def plan_job(job: Job, *, compile_too: bool = True) -> Plan:
     Raises:
       CannotCompile: `compile_too`, and the target's compiler is missing or fails.
     """
+    job, decided = _decided(job)
     need, away = closed.memory(job), offloads.away(job)
-    is_blind = away is not None and away.activations > 0 and not facts.is_tpu(job.parsed)
+    on_host = away is not None and any(trip.by_host for trip in away.trips)
+    is_blind = away is not None and (away.activations > 0 or on_host) and not facts.is_tpu(job.parsed)
     measured = compiled.compile_job(job) if compile_too and not is_blind else None
     figures: dict[str, Any] = {
         "at_rest": need.at_rest, "wire": closed.wire(job), "temp_bytes": need.temp_bytes, "peak_bytes": need.peak_bytes,
@@ -54,8 +59,17 @@ def plan_job(job: Job, *, compile_too: bool = True) -> Plan:
         compiled=measured,
         time=times(job).to_dict(),
         changes=[one.to_dict() for one in ways],
-        notes=[*_notes(job), *([_BLIND] if is_blind and compile_too else [])],
+        notes=[*decided, *_notes(job), *([_BLIND] if is_blind and compile_too else [])],
     )
+
+
+def _decided(job: Job) -> tuple[Job, list[str]]:
+    """With `update="auto"` the job with the choice in its place, and a note."""
+    if job.offload is None or job.offload.update != AUTO:
+        return job, []
+    chosen = offloads.update_of(job)
+    note = f"update=auto: on the {chosen}, by the figures of link and host memory. A step decides by what it measures."
+    return job._replace(offload=replace(job.offload, update=chosen)), [note]
 
 
 def _off_the_device(away: offloads.Away) -> dict[str, int]:
@@ -64,6 +78,7 @@ def _off_the_device(away: offloads.Away) -> dict[str, int]:
         "host_moved_bytes": away.host_moved, "disk_moved_bytes": away.disk_moved, "fetched_bytes": away.fetched,
         "activation_bytes": away.activations, "pool_bytes": away.pool, "staged_bytes": away.staged, "grad_bytes": away.grads,
         "host_bytes": away.host_bytes, "disk_bytes": away.disk_bytes, "num_buckets": len(away.trips),
+        "moved_bytes": away.sent, "back_bytes": away.back,
     }  # fmt: skip
 
 
@@ -117,6 +132,7 @@ def _of_hosts(job: Job) -> list[str]:
     pinned = (found.host_bytes - found.pool) * room.devices
     fields = {"memory": job.host_memory, "link": None}
     fields |= {"disk": job.disk, "disk_bandwidth": job.disk_bandwidth} if NVME in offloads.places_of(job) else {}
+    fields |= {"memory_bandwidth": None} if any(trip.by_host for trip in found.trips) else {}
     notes = [f"host's {name}: {source[name]}" for name, given in fields.items() if given is None]
     if not facts.is_tpu(job.parsed) and pinned > hosts.PINNED_LIMIT_BYTES:
         setting = f"{PINNED_LIMIT}={pinned // 2**30 + 8}"

@@ -87,14 +87,17 @@ class Plan:
         closed, compiled = (self.closed or {}).get("offload"), (self.compiled or {}).get("offload") or {}
         if not closed:
             return []
-        moved = closed["host_moved_bytes"] + closed["disk_moved_bytes"]
+        moved, back = closed["moved_bytes"], closed["back_bytes"]
+        ways = [("moved each way in a step", moved, compiled.get("moved_bytes"))]
+        if moved != back:
+            ways = [("to the host in a step", moved, compiled.get("moved_bytes")), ("back", back, compiled.get("back_bytes"))]
         rows = [
             ("rests in host memory", closed["host_moved_bytes"], compiled.get("at_rest", {}).get("pinned_host")),
             ("rests on disk, two slots", closed["disk_bytes"], None),
             ("the pool of the disk", closed["pool_bytes"], None),
             ("saved activations", closed["activation_bytes"], None),
             ("leaves on their way", closed["staged_bytes"], None),
-            ("moved each way in a step", moved, compiled.get("moved_bytes")),
+            *ways,
             ("parameters fetched for it", closed["fetched_bytes"], None),
         ]
         return ["Off the device", render(_table("", [row for row in rows if row[1]]))]
@@ -152,7 +155,7 @@ def _transfers(found: Mapping[str, Any] | None) -> list[str]:
         return []
     names = {
         "fetch_s": "parameters", "read_s": "parameters from files", "activations_s": "activations",
-        "link_s": "update over the host link", "disk_s": "disk",
+        "link_s": "update over the host link", "host_s": "update by the host", "disk_s": "disk",
     }  # fmt: skip
     parts = ", ".join(f"{name} {_seconds(found[key])}" for key, name in names.items() if found[key])
     waited = f"{found['hidden']:.0%} of the transfers' time is hidden, {_seconds(found['waited_s'])} is not"

@@ -28,7 +28,7 @@ class Times(NamedTuple):
     step_s: float
     tokens_per_s_per_device: float
     mfu: float
-    bound: str  # "compute", "wire", "host link" or "disk"
+    bound: str  # "compute", "wire", "host link", "host" (its processors) or "disk"
     transfer: Transfer = Transfer()  # of what rests off the device
 
     def to_dict(self) -> dict[str, object]:
@@ -57,10 +57,11 @@ def times(job: Job) -> Times:
         for axis, kinds in moved.items()
     )
     rested = offloads.resting(job)
-    update_s = sum(map(sum, rested.values())) / 12 * _UPDATE_BYTES / device.memory_bandwidth
+    found = offloads.away(job)
+    elsewhere = sum(trip.load.moved + trip.load.beside for trip in found.trips if trip.by_host) if found else 0
+    update_s = (sum(map(sum, rested.values())) - elsewhere) / 12 * _UPDATE_BYTES / device.memory_bandwidth
     hidden = job.stage == 3 or (job.stage == 2 and job.accumulate > 1)
     wire_s = sum(wires.values()) - waited_s
-    found = offloads.away(job)
     sent = transfer(found, hosts.room_of(job), compute_s=compute_s, num_micro=job.accumulate) if found else Transfer()
     step_s = (max(compute_s, wire_s) if hidden else compute_s + wire_s) + waited_s + update_s + sent.waited_s
     bound = _bound(compute_s, wire_s + waited_s, sent)
@@ -70,7 +71,8 @@ def times(job: Job) -> Times:
 def _bound(compute_s: float, wire_s: float, sent: Transfer) -> str:
     """What takes longest."""
     on_link = sent.fetch_s + sent.activations_s + sent.link_s
-    every = {"compute": compute_s, "wire": wire_s, "host link": on_link, "disk": sent.disk_s + sent.read_s}
+    on_disk = sent.disk_s + sent.read_s
+    every = {"compute": compute_s, "wire": wire_s, "host link": on_link, "host": sent.host_s, "disk": on_disk}
     return max(every, key=lambda name: every[name])
 
 

@@ -5,6 +5,8 @@
 - Activations leave in the forward pass and come back in the backward pass, beside the layers.
 - Whole buckets of the update: while one leaves the next arrives, so only one direction is waited for; the first two arrive
   beside the gradient. Slices inside a program fetch and put back in turns: both directions are waited for.
+- What the host updates: gradients go and parameters that rest on the device go and come back, in turns; then the host's memory
+  is read and written, while nothing else goes on.
 - Files are read and written at once, through a pool: a drive's rate is that of both together. The pool is filled beside the
   gradient; the rest of the drive's time is waited for, unless the link's is longer.
 """
@@ -22,6 +24,7 @@ class Transfer(NamedTuple):
     activations_s: float = 0.0  # both ways
     link_s: float = 0.0  # of the update: host link, as the engine overlaps its directions
     disk_s: float = 0.0  # of the update: the drive's reads and writes, what is read beside the gradient left out
+    host_s: float = 0.0  # of the update: the host's processors, where they compute it
     alone_s: float = 0.0  # all of it, one after the other
     waited_s: float = 0.0  # what the step takes longer for it
     read_s: float = 0.0  # parameters, at the start, from files
@@ -41,13 +44,17 @@ def transfer(away: Away, room: Room, *, compute_s: float, num_micro: int) -> Tra
     fetch = (away.fetched - from_files) / room.link
     read = from_files / min(room.link, room.disk_bandwidth) if from_files else 0.0
     activations = 2 * away.activations * num_micro / room.link
-    in_turns = sum(trip.host for trip in away.trips if trip.in_program)
-    streamed = away.host_moved + away.disk_moved - in_turns
-    link = (streamed + 2 * in_turns) / room.link
+    of_device, of_host = ([trip for trip in away.trips if trip.by_host == yes] for yes in (False, True))
+    in_turns = sum(trip.host for trip in of_device if trip.in_program)
+    streamed = sum(trip.sent for trip in of_device) - in_turns
+    travels = sum(trip.sent + trip.back for trip in of_host) / room.link
+    link = (streamed + 2 * in_turns) / room.link + travels
+    host = sum(trip.load.seconds_on_host(room.link, room.host_bandwidth) for trip in of_host) - travels
     both = (away.disk_read + away.disk_moved) / room.disk_bandwidth if away.disk_moved else 0.0
     early = min(away.pool, away.disk_read) / room.disk_bandwidth if away.disk_moved else 0.0
     disk = both - min(early, compute_s)
-    over_link = away.fetched + 2 * away.host_moved + away.disk_read + away.disk_moved
-    alone = over_link / room.link + activations + both + (from_files / room.disk_bandwidth if from_files else 0.0)
-    waited = fetch + read + max(0.0, activations - compute_s) + max(link, disk)
-    return Transfer(fetch, activations, link, disk, alone, waited, read)
+    over_link = away.fetched + away.sent + away.back - away.still_here
+    from_drive = from_files / room.disk_bandwidth if from_files else 0.0
+    alone = over_link / room.link + activations + host + both + from_drive
+    waited = fetch + read + max(0.0, activations - compute_s) + max(link + host, disk)
+    return Transfer(fetch, activations, link, disk, host, alone, waited, read)

@@ -3,6 +3,10 @@
 Each of ten steps is taken twice from the same state, on the device and offloaded, and may differ by 2 units in the last place
 of the leaf's largest number: two programs round differently (a product and a sum may be one operation or two), and where a
 parameter and its update cancel, the element's own last place says nothing of that. Counters, keys and skipped steps are equal.
+
+Where the host computes (`update="host"`) 1e-6 of the largest number is allowed: another compiler with other square roots and
+divisions than the device's. On CPU devices both are one compiler, but what it fuses differs; 16-bit leaves keep the two units,
+since 1e-6 is less than one.
 """
 
 import functools
@@ -28,6 +32,7 @@ from jzero.offload.nvme.array import DiskArray
 
 NUM_STEPS = 10
 ULPS = 2  # issue 6
+ON_HOST = 1e-6  # issue 6
 OVERFLOWS = (3, 4, 7)  # steps of float16 that must be skipped
 TOO_LARGE = 2.0**60  # a loss scale at which every gradient of float16 is infinite
 
@@ -60,12 +65,20 @@ IN_SHORT = (  # on a network of two layers
     ("both", 1, "2", "fp32", "clipped"),
     ("nvme", 3, "8", "fp16", "multi_steps"),
     ("all in files", 3, "8", "bf16", "adamw"),
+    ("opt in buckets", 3, "8", "fp16", "adamw", "host"),
+    ("nvme and host", 2, "2", "bf16-pure", "clipped", "host"),
 )
 BESIDE = (  # what `FACTORS` has not
     ("all in files", 0, "2", "fp32", "adamw"),
     ("all in files", 3, "3", "fp16", "frozen"),
     ("params in files", 0, "1", "bf16-pure", "lamb"),
 )
+# What the host updates: leaves that are split by elementwise optimizers, whole ones by any.
+BY_HOST = {name: FACTORS[name] for name in ("stage", "mesh", "precision")} | {
+    "mix": tuple(name for name, places in MIXES.items() if not places.get("params", "").startswith("nvme")),
+    "optimizer": ("adamw", "clipped", "frozen"),
+}
+WHOLE = ("lamb", "adafactor", "multi_steps")
 
 
 class Entry(NamedTuple):
@@ -74,6 +87,7 @@ class Entry(NamedTuple):
     mesh: str
     precision: str
     optimizer: str
+    update: str = "device"
 
 
 class Model(NamedTuple):
@@ -91,11 +105,11 @@ def swap_folder(name):
     return tempfile.TemporaryDirectory()
 
 
-def offload(mix):
+def offload(mix, update="device"):
     """What `mix` asks for; files go into folders of this session."""
     is_file = lambda value: isinstance(value, str) and value.startswith("nvme")
     places = {name: f"nvme:{swap_folder(value).name}" if is_file(value) else value for name, value in MIXES[mix].items()}
-    return jzero.Offload(**places)
+    return jzero.Offload(**places, update=update)
 
 
 def steps(entry, model):
@@ -105,7 +119,7 @@ def steps(entry, model):
         model.loss, OPTIMIZERS[entry.optimizer](), precision=entry.precision, accumulate=2, clip_norm=1.0, trainable=trainable
     )
     options = {"stage": entry.stage, "mesh": meshes.make(entry.mesh), "min_shard_elements": small_gpt.MIN_SHARD_ELEMENTS}
-    return jzero.shard(fn, **options), jzero.shard(fn, **options, offload=offload(entry.mix))
+    return jzero.shard(fn, **options), jzero.shard(fn, **options, offload=offload(entry.mix, entry.update))
 
 
 def with_scale(state, scale):
@@ -114,7 +128,7 @@ def with_scale(state, scale):
     return state._replace(loss_scale=state.loss_scale._replace(scale=placed))
 
 
-def assert_close(actual, expected):
+def assert_close(actual, expected, relative=0.0):
     digits = {path: jnp.finfo(leaf.dtype).nmant for path, leaf in named_leaves(expected) if is_float(leaf)}
     actual, expected = on_host(actual), on_host(expected)
     assert_same_others(actual, expected, "state")
@@ -122,7 +136,7 @@ def assert_close(actual, expected):
         largest = np.max(np.abs(wanted), initial=0)
         last_place = 2.0 ** (np.floor(np.log2(largest)) - digits[path]) if largest else np.spacing(np.float32(0))
         gap = np.max(np.abs(actual.floats[path] - wanted), initial=0)
-        assert gap <= ULPS * last_place, f"{path}: {gap / last_place} units in the last place"
+        assert gap <= max(ULPS * last_place, relative * largest), f"{path}: {gap / last_place} units in the last place"
 
 
 def assert_at_rest(step, state):
@@ -137,6 +151,7 @@ def check(entry, model):
 
 
 def walk(on_device, offloaded, model, *, is_fp16=False):
+    on_host = offloaded.options.offload.update == "host"
     state = on_device.place(on_device.fn.init(model.params()))
     num_skipped = 0
     for index in range(NUM_STEPS):
@@ -147,12 +162,15 @@ def walk(on_device, offloaded, model, *, is_fp16=False):
         state, expected = on_device(state, *model.batch)
         elsewhere, metrics = offloaded(elsewhere, *model.batch)
         assert_at_rest(offloaded, elsewhere)
-        assert_close(elsewhere, state)
+        assert_close(elsewhere, state, ON_HOST if on_host else 0.0)
         assert bool(metrics["skipped"]) == bool(expected["skipped"])
         assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-6)
         num_skipped += bool(expected["skipped"])
         state = with_scale(state, 2.0**10 if is_fp16 else 1.0)
     assert num_skipped == (len(OVERFLOWS) if is_fp16 else 0)
+    if on_host:
+        rows = offloaded.report(elsewhere, *model.batch).offload["buckets"]
+        assert all(row["update"] == "host" for row in rows if row["moved_bytes"])
 
 
 @pytest.mark.parametrize("entry", [Entry(*one) for one in IN_SHORT], ids=lambda one: "-".join(map(str, one)))
@@ -173,9 +191,21 @@ def test_offload_changes_no_number_at_stage_0_and_three_devices(entry):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mix", ["both", "all in files"])
+@pytest.mark.parametrize("entry", pairwise(BY_HOST), ids=label)
+def test_an_update_on_the_host_changes_no_number(entry):
+    check(Entry(**entry, update="host"), GPT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", WHOLE)
+def test_whole_leaves_are_updated_on_the_host_by_any_optimizer(optimizer):
+    check(Entry("both", 3, "1", "fp32", optimizer, "host"), TINY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mix", "update"), [("both", "device"), ("both", "host"), ("all in files", "device")])
 @pytest.mark.parametrize("axis", ["pipe", "tensor", "sequence"])
-def test_offload_changes_no_number_on_a_further_axis(axis, mix):
+def test_offload_changes_no_number_on_a_further_axis(axis, mix, update):
     params = functools.partial(small_pipeline.make_params, num_layers=4, tied=True)
     piped = Model(small_pipeline.model("mean"), params, small_gpt.batch())
     split = GPT._replace(loss=functools.partial(small_gpt.loss_of_pieces, "ring"))
@@ -184,4 +214,4 @@ def test_offload_changes_no_number_on_a_further_axis(axis, mix):
     fn = jzero.make_train_step(model.loss, optax.adamw(1e-3), accumulate=2, clip_norm=1.0)
     mesh = jzero.make_mesh(data=4, **{axis: 2})
     options = {"stage": 3, "mesh": mesh, "rules": rules, "min_shard_elements": small_gpt.MIN_SHARD_ELEMENTS}
-    walk(jzero.shard(fn, **options), jzero.shard(fn, **options, offload=offload(mix)), model)
+    walk(jzero.shard(fn, **options), jzero.shard(fn, **options, offload=offload(mix, update)), model)

@@ -13,7 +13,8 @@ from jzero.offload.nvme.shard_file import part_bytes
 from jzero.offload.slices import Slices
 
 
-def test_a_leaf_larger_than_a_bucket_goes_by_rows(tmp_path):
+@pytest.mark.parametrize("update", ["device", pytest.param("host", marks=pytest.mark.slow)])
+def test_a_leaf_larger_than_a_bucket_goes_by_rows(tmp_path, update):
     """Stacked layers, 3 MiB a moment, in buckets of 2 MiB: the numbers of the whole, in a pool of slices."""
 
     def stacked_loss(params, x):
@@ -33,7 +34,7 @@ def test_a_leaf_larger_than_a_bucket_goes_by_rows(tmp_path):
         return step, state, float(metrics["loss"])
 
     where = f"nvme:{tmp_path}"
-    sliced = jzero.Offload(opt_state=where, bucket_bytes=2**21)
+    sliced = jzero.Offload(opt_state=where, bucket_bytes=2**21, update=update)
     _, expected, _ = run(None, 1)
     step, state, _ = run(sliced, 1)
     for one, other in zip(numbers(state), numbers(expected), strict=True):

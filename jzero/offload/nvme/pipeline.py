@@ -10,10 +10,11 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from jzero.offload.nvme import direct
 from jzero.offload.nvme.array import DiskArray, DiskRows
@@ -174,8 +175,8 @@ def fill(memory: np.ndarray, piece: np.ndarray) -> None:
         memory[: flat.size] = flat
 
 
-def on_devices(leaf: Resting, rows: Sequence[Extent], *, is_copy: bool = False) -> jax.Array:
-    """A leaf that has been read, as an array on its devices.
+def on_devices(leaf: Resting, rows: Sequence[Extent], sharding: Any, *, is_copy: bool = False) -> jax.Array:
+    """A leaf that has been read, as an array in the memory of its devices that `sharding` names.
 
     On CPU devices it may lie in the lane itself, which is not written to before the update that reads it is done. With
     `is_copy` it lies in memory of its own there too.
@@ -186,5 +187,6 @@ def on_devices(leaf: Resting, rows: Sequence[Extent], *, is_copy: bool = False) 
     for extent, (bounds, devices) in zip(rows, aval.shards().items(), strict=True):
         shape = [stop - start for start, stop in bounds]
         piece = extent.memory[: extent.num_bytes].view(aval.dtype).reshape(shape)
-        shards += [(device, jax.device_put(piece.copy() if is_copy else piece, device)) for device in devices]
-    return jax.make_array_from_single_device_arrays(aval.shape, aval.sharding, [shard for _, shard in shards])
+        places = [SingleDeviceSharding(device, memory_kind=sharding.memory_kind) for device in devices]
+        shards += [jax.device_put(piece.copy() if is_copy else piece, place) for place in places]
+    return jax.make_array_from_single_device_arrays(aval.shape, sharding, shards)

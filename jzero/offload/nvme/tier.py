@@ -28,14 +28,15 @@ _LIVE: dict[Path, set[str]] = {}  # folder -> names of the swaps that this proce
 class Arriving:
     """Leaves that are being read. Those that do not go back leave their lane as soon as somebody has asked for them."""
 
-    def __init__(self, load: Load, pipeline: Pipeline):
-        self._load, self._pipeline = load, pipeline
+    def __init__(self, load: Load, pipeline: Pipeline, shardings: Sequence[Any]):
+        self._load, self._pipeline, self._shardings = load, pipeline, shardings
 
     def result(self) -> list[jax.Array]:
         load, leaves_lane = self._load, not self._load.trip.goes
         for read in load.reads:
             read.result()
-        arrays = [on_devices(*one, is_copy=leaves_lane) for one in zip(load.trip.comes, load.coming, strict=True)]
+        every = zip(load.trip.comes, load.coming, self._shardings, strict=True)
+        arrays = [on_devices(*one, is_copy=leaves_lane) for one in every]
         if leaves_lane:
             jax.block_until_ready(arrays)
             self._pipeline.release(load)
@@ -142,7 +143,7 @@ class NVMeTier:
 
     def fetch(self, trip: Trip, shardings: Sequence[Any]) -> Arriving:
         assert self._pipeline is not None
-        return Arriving(self._pipeline.fetch(trip), self._pipeline)
+        return Arriving(self._pipeline.fetch(trip), self._pipeline, shardings)
 
     def put_back(self, trip: Trip, arrays: Sequence[jax.Array]) -> Leaving:
         assert self._pipeline is not None
