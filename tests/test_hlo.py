@@ -371,6 +371,28 @@ def test_a_combined_reduction_is_told_apart_array_by_array():
     ]
 
 
+MIXED = """HloModule m, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+ENTRY %e (p: bf16[8,4], q: f32[16]) -> (f32[8,4], f32[16]) {
+  %p = bf16[8,4]{1,0} parameter(0)
+  %q = f32[16]{0} parameter(1)
+  ROOT %both = (f32[8,4]{1,0}, f32[16]{0}) all-reduce(%p, %q), channel_id=1, replica_groups={{0,1,2,3}}, use_global_device_ids=true, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_a_sum_travels_in_the_dtype_it_is_made_in():
+    """The TPU compiler takes the cast before a sum into it: operands in bfloat16, sums and result in float32."""
+    (found,) = hlo.collectives(hlo.parse(MIXED), 4)
+    assert (found.dtype, found.full_bytes, found.result_bytes) == ("f32", 4 * (32 + 16), 4 * (32 + 16))
+
+
 def test_an_instruction_over_several_lines_is_one():
     """A kernel's metadata is printed so, and ends like a computation."""
     text = """HloModule m

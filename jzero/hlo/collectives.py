@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jzero.hlo.groups import Groups, decode, decode_pairs, group_size
 from jzero.hlo.loops import trip_count
 from jzero.hlo.meaning import Kind, beside_windowed, is_sliced, scatter_fusion, sliced_arrays, windowed
-from jzero.hlo.text import Computation, Instruction, Module, Shape, attribute, called
+from jzero.hlo.text import Computation, Instruction, Module, Shape, attribute, bits, called
 
 _KINDS: dict[str, Kind] = {
     "all-gather": "all-gather",
@@ -145,7 +145,7 @@ def _collective(instruction: Instruction, place: _Place) -> Collective:
     channel = attribute(instruction, "channel_id")
     groups = _groups(instruction, place.num_devices)
     result = _result(instruction, place.home)
-    arrays = result if kind == "all-gather" else _operands(instruction, place.home) or result
+    arrays = result if kind == "all-gather" else _taken(kind, _operands(instruction, place.home), result)
     return Collective(
         kind=kind,
         groups=groups,
@@ -211,6 +211,14 @@ def _result(instruction: Instruction, home: Computation) -> tuple[Shape, ...]:
 def _operands(instruction: Instruction, home: Computation) -> tuple[Shape, ...]:
     shapes = (home.instructions[name].shape for name in instruction.operands if name in home.instructions)
     return tuple(array for shape in shapes for array in shape.arrays)
+
+
+def _taken(kind: str, operands: tuple[Shape, ...], result: tuple[Shape, ...]) -> tuple[Shape, ...]:
+    """The full side of what is sent. A TPU adds in the result's dtype what it is given in a narrower one: sums travel in it."""
+    if kind not in ("all-reduce", "reduce-scatter") or len(operands) != len(result):
+        return operands or result
+    widest = lambda given, made: made.dtype if bits(made.dtype) > bits(given.dtype) else given.dtype
+    return tuple(given._replace(dtype=widest(given, made)) for given, made in zip(operands, result, strict=True))
 
 
 def _chain(instruction: Instruction, place: _Place) -> str:
