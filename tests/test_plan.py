@@ -45,17 +45,7 @@ def test_closed_form_meets_the_compilers():
     assert len(beyond) <= 0.1 * len(apart), beyond
 
 
-# One microbatch at stages 0 and 1 on TPUs: the compiled program sends up to half as much as planned (docs/plan.md).
-SENDS_LESS = (
-    "llama-8b v5p:4x4x4 1 full 4096 4 1 bf16",
-    "llama-1b v5e:4x4 1 dots 2048 2 1 bf16",
-    "gpt2-1.5b v5p:4x4x4 0 dots 1024 1 1 bf16",
-)
-WHY = "the TPU compiler sends less than planned; not understood yet"
-LESS = pytest.mark.xfail(reason=WHY, strict=True, raises=AssertionError)
-
-
-@pytest.mark.parametrize("line", [pytest.param(line, marks=LESS) if line in SENDS_LESS else line for line in COMPILED])
+@pytest.mark.parametrize("line", COMPILED)
 def test_what_rests_and_what_moves_is_exact(line):
     job = plan_grid.job_of(line)
     need, found = closed.memory(job), closed.wire(job).get("data", {})
