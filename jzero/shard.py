@@ -219,7 +219,7 @@ class ShardedStep:
         """What cannot rest where it should, or not be updated there, is refused before anything is made."""
         if self._options.moves_state:
             assert isinstance(self.fn, TrainStep)
-            resting.check(placed, self._options.tiers, self.fn)
+            resting.check(placed, self._options, self.fn)
             self._plan(placed)
 
     def unsharded(self, statics: Statics) -> Callable[..., Any]:

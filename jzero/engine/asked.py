@@ -11,7 +11,7 @@ from jzero import stages
 from jzero._errors import explain, suggest
 from jzero.engine.layout import Options
 from jzero.offload import Offload, Tier, tier
-from jzero.offload.asked import DEVICE, NVME, Place
+from jzero.offload.asked import DEVICE, NVME, USE, Place
 from jzero.pipeline import schedules
 from jzero.pipeline.model import Pipeline
 from jzero.pipeline.schedule import Schedule
@@ -51,6 +51,7 @@ def options(
     mesh = meshes.make_mesh() if mesh is None else mesh
     meshes.check_mesh(mesh)
     table = _schedule(fn, mesh, schedule)
+    _check_fetch(offload, row, table)
     if table is not None and meshes.axis_size(mesh, "expert") > 1:
         found, fix = [f"mesh {meshes.describe(mesh)}"], "Give the axis `expert`'s devices to `data`, or leave `pipe` out."
         raise NotImplementedError(explain(WHO, "a pipeline has no axis 'expert' in this version", found=found, fix=fix))
@@ -90,6 +91,20 @@ def _check_offload(fn: Any, offload: Any, donate: Any) -> None:
         found = [f"{offload} with a step that makes its own update"]
         fix = "Let jzero make the update, so that it can be cut: jzero.make_train_step(loss_fn, optimizer)."
         raise NotImplementedError(explain(WHO, "only a TrainStep's state can be offloaded", found=found, fix=fix))
+
+
+def _check_fetch(offload: Offload | None, stage: stages.Stage, table: Schedule | None) -> None:
+    """Parameters that come at their uses are gathered there, too."""
+    if offload is None or offload.fetch != USE:
+        return
+    found = [f"{offload} at stage {stage.number}"]
+    if stage.gather != "use":
+        fix = "Write stage=3, on one device too, or leave fetch= out."
+        raise ValueError(explain(WHO, "only stage 3 wants parameters at their uses", found=found, fix=fix))
+    if table is not None:
+        found = [f"{offload} with {table.num_pipe_stages} pipe stages"]
+        fix = "Leave fetch= out: a pipe stage fetches its shards when a step begins."
+        raise NotImplementedError(explain(WHO, "a pipeline fetches its parameters once a step", found=found, fix=fix))
 
 
 def _saving(remat: Any, offload: Offload | None) -> Any:

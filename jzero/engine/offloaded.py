@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jzero import _compat
-from jzero.engine import computing, resting
+from jzero._errors import explain
+from jzero.engine import computing, fetching, resting
 from jzero.engine.computing import Computed
 from jzero.engine.layout import Layout, Options
 from jzero.offload import buckets as packing
@@ -25,6 +26,7 @@ from jzero.offload.places import bytes_on_one_device, can_go
 from jzero.offload.split import Input, Split
 from jzero.step import TrainState, TrainStep, gradient, update
 from jzero.step import params as parameters
+from jzero.step.gradient import Running
 
 
 class Carried(NamedTuple):
@@ -50,6 +52,7 @@ class Update:
     num_scales: int
     compute_dtype: Any = None
     computed: Computed = field(default_factory=Computed)
+    at_use: frozenset[int] = frozenset()  # numbers of the parameters whose gradients are in host memory
     late: frozenset[int] = frozenset()  # numbers of small leaves of the optimizer's that need its arrays: they go with a bucket
 
     @cached_property
@@ -114,7 +117,10 @@ def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
     state = jax.tree.unflatten(layout.treedef, layout.avals)
     mask = parameters.trainable_mask(state.params, step.trainable)
     num_scales, policy = 1 + (step.clip_norm is not None), step.policy
-    bare = Update(layout, mask, None, [], 0, policy.accumulate, num_scales, policy.compute)  # pyrefly: ignore[bad-argument-type]
+    bare = Update(
+        layout, mask, None, [], 0, policy.accumulate, num_scales, policy.compute,  # pyrefly: ignore[bad-argument-type]
+        at_use=frozenset(fetching.candidates(layout, options)),  # until a batch's shape is known
+    )  # fmt: skip
     found = splitting.split(*_traced(step, bare), num_scalars=len(bare.scalars))
     while found.late:  # scales of 8-bit moments, say
         bare = replace(bare, late=bare.late | {bare.scalars[at] for at in found.late})
@@ -205,12 +211,23 @@ class GradientStep(TrainStep):
         after = TrainState(state.params, scalars, state.step + 1, state.rng, state.loss_scale, sums.model_state)
         after, metrics = update.conclude(state, after, verdict, leaf_squares, loss, weight, found["aux"], mask, self.policy)
         placed = [
-            jax.lax.with_sharding_constraint(grad, plan.layout.on_device[index])
+            grad.total if isinstance(grad, Running) else jax.lax.with_sharding_constraint(grad, plan.layout.on_device[index])
             for grad, index in zip(sums.grads, plan.trained, strict=True)
         ]
         whole = NamedSharding(plan.layout.mesh, PartitionSpec())
         rest = jax.lax.with_sharding_constraint((scales, verdict.proceed, shared, early), whole)
         return after, (metrics, Carried(placed, *rest))
+
+
+def _check_here(plan: Update, missing: Sequence[int]) -> None:
+    """Gradients that all of the update waits for are on the device."""
+    if not missing:
+        return
+    found = [plan.layout.placements[plan.trained[at]].leaf.path for at in missing[:10]]
+    context = f"gradients of {len(missing)} parameters are in host memory when the optimizer wants to look at all of them"
+    fix = "Clip by jzero.make_train_step(clip_norm=), not inside the optimizer; or leave fetch= out."
+    problem = "with fetch='use' no update may wait for all gradients"
+    raise NotImplementedError(explain("jzero.Offload", problem, found=found, context=context, fix=fix))
 
 
 def gradient_step(step: TrainStep, plan: Update) -> GradientStep:
@@ -224,5 +241,7 @@ def _first(plan: Update, params: Sequence[Any], grads: Sequence[Any], shared: Se
     jaxpr, used = plan.split.first(outputs)
     trained = [params[index] for index in plan.trained]
     every = plan.inputs(trained, grads, [None] * num_arrays, shared)
+    wanted = plan.inputs(trained, range(len(grads)), [None] * num_arrays, shared)
+    _check_here(plan, [at for at, keep in zip(wanted, used, strict=True) if keep and isinstance(at, int) and grads[at] is None])
     found = _compat.evaluate(jaxpr, [value for value, keep in zip(every, used, strict=True) if keep])
     return found[:num_scalars], found[num_scalars:]

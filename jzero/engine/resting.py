@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 
-from jzero.engine import compiler, leaves
+from jzero.engine import compiler, fetching, leaves
 from jzero.engine.layout import Layout, Options
 from jzero.offload import Tier
 from jzero.offload import buckets as packing
-from jzero.offload.asked import NVME, Place
+from jzero.offload.asked import HOST, NVME, Place
 from jzero.offload.places import bytes_on_one_device
 from jzero.step import TrainStep
 from jzero.step import params as parameters
@@ -17,16 +17,22 @@ from jzero.step import params as parameters
 LEAST_FILE_BYTES = 2**22  # of a bucket in files: less would not keep a drive busy
 
 
-def check(layout: Layout, tiers: Mapping[Place, Tier], fn: TrainStep) -> None:
-    """Every tier can hold what is to rest there."""
-    still = frozen(layout, fn)
+def check(layout: Layout, options: Options, fn: TrainStep) -> None:
+    """Every tier can hold what is to rest there, and host memory the gradients that leave for it."""
+    still, leaving = frozen(layout, fn), fetching.candidates(layout, options)
     rows = list(zip(layout.placements, layout.avals, layout.on_device, layout.places, strict=True))
-    for place, tier in tiers.items():
+    for place, tier in options.tiers.items():
         members = [
             (placement.leaf.path, jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding))
             for placement, aval, sharding, where in rows
             if where == place
         ]
+        if place.kind == HOST:
+            shape = lambda index: jax.ShapeDtypeStruct(layout.avals[index].shape, fn.policy.accumulate)
+            for index in leaving:
+                path, sharding = layout.placements[index].leaf.path, layout.on_device[index]
+                grad = f"the gradient of {path}", shape(index).update(sharding=sharding)
+                members += [] if path in still else [grad] * min(fn.accumulate, 2)  # a sum is made beside the last one
         tier.check(members, still)
 
 
