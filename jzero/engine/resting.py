@@ -1,11 +1,11 @@
 """States whose leaves do not all rest on the device: made, copied and checked a bucket at a time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from jzero.engine import compiler, fetching, leaves
+from jzero.engine import compiler, leaves
 from jzero.engine.layout import Layout, Options
 from jzero.offload import Tier
 from jzero.offload import buckets as packing
@@ -17,11 +17,11 @@ from jzero.step import params as parameters
 LEAST_FILE_BYTES = 2**22  # of a bucket in files: less would not keep a drive busy
 
 
-def check(layout: Layout, options: Options, fn: TrainStep) -> None:
-    """Every tier can hold what is to rest there, and host memory the gradients that leave for it."""
-    still, leaving = frozen(layout, fn), fetching.candidates(layout, options)
+def check(layout: Layout, tiers: Mapping[Place, Tier], fn: TrainStep, leaving: Collection[int] = ()) -> None:
+    """Every tier can hold what is to rest there, and host memory the gradients that leave for it: of the leaves `leaving`."""
+    still = frozen(layout, fn)
     rows = list(zip(layout.placements, layout.avals, layout.on_device, layout.places, strict=True))
-    for place, tier in options.tiers.items():
+    for place, tier in tiers.items():
         members = [
             (placement.leaf.path, jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding))
             for placement, aval, sharding, where in rows
