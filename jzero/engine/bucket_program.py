@@ -161,7 +161,7 @@ class BucketProgram:
         num_params = len(params)
         own, opt_state = self.shardings[:num_params], self.shardings[num_params:]
         alike = all(layout.avals[index].dtype == self.plan.accumulate_dtype for index in params)
-        alike = alike and not any(sharding.memory_kind == KIND for sharding in own)
+        alike = alike and not any(sharding.memory_kind == KIND for sharding in (*own, *self._of_grads()))
         jitted = jax.jit(
             lambda own, opt_state, grads, *values: self._run([*own, *opt_state], grads, *values),
             in_shardings=(own, opt_state, self._of_grads(), whole, whole, whole),

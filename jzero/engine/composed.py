@@ -92,7 +92,7 @@ class Holding:
         trains = self.mask[index]
         if index in self.at_use:
             total, squares = value if trains else (None, None)
-            return Parts(away=Away(held, total, squares, self.compute_dtype, self.num_micro > 1))
+            return Parts(away=Away(held, total, squares, self.compute_dtype, self.num_micro > 1, len(self.at_use[index])))
         sink = value if trains else None
         return Parts(shard=value, sink=sink) if self.gather == "use" else Parts(whole=held, sink=sink)
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jzero import _compat
 from jzero.comm import Comm
 from jzero.gather.facts import Facts, Reading, Split, inner_jaxpr, per_iteration, rooted
+from jzero.precision import sum_of_squares
 
 Space = jax.memory.Space
 NOTHING = -1.0  # in place of a sum of squares: no microbatch has left a gradient yet
@@ -36,7 +37,7 @@ NONE_YET = Views()
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["shard", "total", "squares"],
-    meta_fields=["dtype", "adds", "split", "views"],
+    meta_fields=["dtype", "adds", "num_loops", "split", "views"],
 )
 @dataclass(frozen=True)
 class Away:
@@ -49,6 +50,8 @@ class Away:
       squares: float32, one element for each iteration of the loops on the way to the use; its cotangent is the sum of squares
         of `total`'s. Its value is `NOTHING` as long as that of `total` means nothing.
       dtype: what it is cast to before it is gathered.
+      adds: whether this may not be the first microbatch.
+      num_loops: how many loops take slices on the way to the use.
       split: how the shard lies, once `views` has equations; before that its fact says so.
     """
 
@@ -57,6 +60,7 @@ class Away:
     squares: Any
     dtype: Any
     adds: bool
+    num_loops: int
     split: Split | None = None
     views: Views = NONE_YET
 
@@ -77,7 +81,8 @@ class Away:
             if self.adds:
                 here = moved(total, Space.Device)
                 grad = grad + jnp.where(squares == NOTHING, jnp.zeros_like(here), here)
-            return moved(grad, jax.typeof(total).memory_space), jnp.sum(jnp.square(grad.astype(jnp.float32)))
+            own = sum_of_squares(grad) if self.num_loops == 0 else jnp.sum(jnp.square(grad.astype(jnp.float32)))
+            return moved(grad, jax.typeof(total).memory_space), own
 
         whole = gather(self.shard) if self.total is None else _arrive(gather, add, self.shard, self.total, self.squares)
         for eqn in self.views.eqns:

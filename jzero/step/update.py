@@ -14,7 +14,7 @@ import optax
 
 from jzero._errors import explain
 from jzero._tree import is_key, named_leaves
-from jzero.precision import PrecisionPolicy, round_stochastically
+from jzero.precision import PrecisionPolicy, round_stochastically, sum_of_squares
 from jzero.step import params as parameters
 from jzero.step.gradient import Running
 from jzero.step.state import TrainState, next_loss_scale
@@ -40,8 +40,8 @@ class NonFinite:
 
 def squares(grads: Sequence[Any]) -> jax.Array:
     """Sum of squares of each leaf, float32[num_leaves]."""
-    known = lambda grad: grad.squares if isinstance(grad, Running) else jnp.square(grad.astype(jnp.float32))
-    return jnp.stack([jnp.sum(known(grad)) for grad in grads])
+    of = lambda grad: jnp.sum(grad.squares) if isinstance(grad, Running) else sum_of_squares(grad)
+    return jnp.stack([of(grad) for grad in grads])
 
 
 class Verdict(NamedTuple):
