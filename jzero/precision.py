@@ -84,14 +84,17 @@ def cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if is_float(leaf) else leaf, tree)
 
 
-def sum_of_squares(value: jax.Array) -> jax.Array:
-    """Of all elements, float32[], added up within each slice of dim 0 first: rounded less than in one sweep, and rounded alike
-    where a layer's slice has its sum made as it appears. The barrier keeps compilers from making one sum of the two.
+def sum_of_squares(value: jax.Array, *, is_slice: bool = False) -> jax.Array:
+    """Of all elements, float32[]: row by row, then within each slice of dim 0, then over these. Less rounding than in one sweep,
+    and nearly the same where a layer's slice has its sum made as it appears. Barriers keep compilers from making one sum.
     """
     squares = jnp.square(value.astype(jnp.float32))
-    if value.ndim < 2:
-        return jnp.sum(squares)
-    return jnp.sum(jax.lax.optimization_barrier(jnp.sum(squares, axis=tuple(range(1, value.ndim)))))
+    if not value.ndim:
+        return squares
+    rows = jax.lax.optimization_barrier(jnp.sum(squares, axis=-1))
+    if is_slice or value.ndim < 3:
+        return jnp.sum(rows)
+    return jnp.sum(jax.lax.optimization_barrier(jnp.sum(rows, axis=tuple(range(1, rows.ndim)))))
 
 
 def round_stochastically(value: jax.Array, dtype: Any, seed: jax.Array) -> jax.Array:

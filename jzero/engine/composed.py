@@ -82,6 +82,16 @@ class Holding:
 
         return tuple(fact(*item) for item in zip(range(len(self.splits)), self.splits, self.mask, strict=True))
 
+    def in_its_turn(self, held: Sequence[jax.Array], micro: Any) -> tuple[Sequence[jax.Array], Any]:
+        """Tied together where microbatches follow each other: a gather that depends on none of them may be moved before them all,
+        and its parameter is whole for the whole step.
+        """
+        if self.gather != "use" or self.num_micro == 1:
+            return held, micro
+        is_shard = [fact is not None and fact.leaf not in self.at_use for fact in self.facts()]
+        shards, micro = jax.lax.optimization_barrier((parameters.select(held, is_shard), micro))
+        return parameters.merge(shards, held, is_shard), micro
+
     def arguments(self, held: Sequence[jax.Array], diff: Sequence[jax.Array]) -> list[Any]:
         """The loss's parameters: whole arrays, or `Parts` where there is a fact."""
         full = parameters.merge(diff, held, self.mask)
@@ -94,7 +104,7 @@ class Holding:
             total, squares = value if trains else (None, None)
             return Parts(away=Away(held, total, squares, self.compute_dtype, self.num_micro > 1, len(self.at_use[index])))
         sink = value if trains else None
-        return Parts(shard=value, sink=sink) if self.gather == "use" else Parts(whole=held, sink=sink)
+        return Parts(shard=held, sink=sink) if self.gather == "use" else Parts(whole=held, sink=sink)
 
     def at_end(self, grads: Sequence[jax.Array], dtype: Any) -> list[jax.Array]:
         """Gradients reduced over ZeRO's axes: those that were not, once."""
@@ -275,7 +285,8 @@ class Gradients:
         self.trace.jaxpr, self.trace.facts, self.trace.reading = program.jaxpr, facts, holding.reading
 
         def run_loss(diff: Sequence[Any], micro: Any, rng: Any, model_state: Any) -> Any:
-            flat = gradient.arguments(holding.arguments(held, diff), micro, rng, model_state)
+            here, micro = holding.in_its_turn(held, micro)
+            flat = gradient.arguments(holding.arguments(here, diff), micro, rng, model_state)
             out = differentiable(
                 program.jaxpr, facts, flat, reading=holding.reading, comm=comm, reduce_dtype=holding.reduce_dtype
             )

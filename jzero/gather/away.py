@@ -70,7 +70,7 @@ class Away:
 
     def arrived(self, split: Split, comm: Comm, reduce_dtype: Any) -> jax.Array:
         """The whole parameter, on the device; `split`: its fact's."""
-        split = self.split or split
+        split, squares_are_of_slices = self.split or split, self.num_loops > 0
 
         def gather(shard: jax.Array) -> jax.Array:
             return comm.gather(moved(shard, Space.Device).astype(self.dtype), split)
@@ -81,7 +81,7 @@ class Away:
             if self.adds:
                 here = moved(total, Space.Device)
                 grad = grad + jnp.where(squares == NOTHING, jnp.zeros_like(here), here)
-            own = sum_of_squares(grad) if self.num_loops == 0 else jnp.sum(jnp.square(grad.astype(jnp.float32)))
+            own = sum_of_squares(grad, is_slice=squares_are_of_slices)
             return moved(grad, jax.typeof(total).memory_space), own
 
         whole = gather(self.shard) if self.total is None else _arrive(gather, add, self.shard, self.total, self.squares)
