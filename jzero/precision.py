@@ -85,8 +85,8 @@ def cast(tree: Any, dtype: Any) -> Any:
 
 
 def sum_of_squares(value: jax.Array, *, is_slice: bool = False) -> jax.Array:
-    """Of all elements, float32[]: row by row, then within each slice of dim 0, then over these. Less rounding than in one sweep,
-    and nearly the same where a layer's slice has its sum made as it appears. Barriers keep compilers from making one sum.
+    """Of all elements, float32[]: row by row, then within each slice of dim 0, then over these. So there is less rounding than
+    in one sweep, and nearly the same where layers' slices have their sums made as they appear. Barriers keep the order.
     """
     squares = jnp.square(value.astype(jnp.float32))
     if not value.ndim:

@@ -83,8 +83,8 @@ class Holding:
         return tuple(fact(*item) for item in zip(range(len(self.splits)), self.splits, self.mask, strict=True))
 
     def in_its_turn(self, held: Sequence[jax.Array], micro: Any) -> tuple[Sequence[jax.Array], Any]:
-        """Tied together where microbatches follow each other: a gather that depends on none of them may be moved before them all,
-        and its parameter is whole for the whole step.
+        """Tied together where microbatches follow each other: a gather that depends on none of them may be moved before all of
+        them, and its parameter is whole for the whole step.
         """
         if self.gather != "use" or self.num_micro == 1:
             return held, micro
