@@ -78,7 +78,8 @@ def _off_the_device(away: offloads.Away) -> dict[str, int]:
         "host_moved_bytes": away.host_moved, "disk_moved_bytes": away.disk_moved, "fetched_bytes": away.fetched,
         "activation_bytes": away.activations, "pool_bytes": away.pool, "staged_bytes": away.staged, "grad_bytes": away.grads,
         "host_bytes": away.host_bytes, "disk_bytes": away.disk_bytes, "num_buckets": len(away.trips),
-        "moved_bytes": away.sent, "back_bytes": away.back,
+        "moved_bytes": away.sent, "back_bytes": away.back, "at_use_bytes": away.uses.comes,
+        "left_bytes": away.uses.left, "grads_in_host_bytes": away.uses.grads,
     }  # fmt: skip
 
 
