@@ -86,12 +86,14 @@ def test_buckets_are_the_engines(line):
     assert [trip.num for trip in found.trips] == [bucket["slices"] for bucket in measured["buckets"]]
     assert [trip.sent for trip in found.trips] == [bucket["moved_bytes"] for bucket in measured["buckets"]]
     assert found.grads == measured["grad_bytes"]
+    uses = (found.uses.comes, found.uses.left, found.uses.grads)
+    assert uses == tuple(measured.get(key, 0) for key in ("fetched_bytes", "left_bytes", "grads_in_host_bytes"))
     temps = [
         (trip.worked, bucket["temp_bytes"])
         for trip, bucket in zip(found.trips, measured["buckets"], strict=True)
-        if trip.by_host
+        if trip.by_host or trip.load.grads_there
     ]
-    assert all(worked == pytest.approx(temp, rel=0.01) for worked, temp in temps)
+    assert all(worked == pytest.approx(temp, rel=0.015) for worked, temp in temps)
     for role in ("params", "opt_state"):
         assert closed.memory(job).at_rest[role] == pytest.approx(row["at_rest"][role], abs=64)  # and the optimizer's count
     assert closed.memory(job).peak_bytes == pytest.approx(row["peak_bytes"], rel=0.06)
@@ -255,7 +257,8 @@ def test_gradients_in_host_memory_by_hand(accumulate, copies):
     by_host = offloads.away(job_of(f"{AT_USE},update=host", **asked))
     assert by_host.sent == by_host.grads == found.grads  # the norms' gradients
     peaks = [closed.memory(one, fused_attention=True).peak_bytes for one in (plain, job)]
-    assert peaks[0] - peaks[1] > (5.9 if accumulate == 1 else 7.9) * psi * 0.9  # working copy, gradients, sums
+    of_layers = psi - 2 * job.config.vocab_size * job.config.dim
+    assert peaks[0] - peaks[1] > 0.95 * (6 if accumulate == 1 else 8) * of_layers  # working copy, gradients, sums
     assert closed.wire(job) == closed.wire(plain)
 
 

@@ -13,8 +13,9 @@ from jzero import precision as precisions
 from jzero import stages
 from jzero._errors import explain
 from jzero.offload.asked import HOST, USE
+from jzero.plan import facts
 from jzero.plan.names import WHO, said_of
-from jzero.plan.shapes import MIN_SHARD_ELEMENTS, Leaf, is_tied, leaves
+from jzero.plan.shapes import MIN_SHARD_ELEMENTS, Leaf, Zero, is_tied, leaves
 from jzero.plan.sizes import BATCH_AXES
 
 _IN_FLOAT32 = ("ln_", "attn_norm", "mlp_norm", "norm", "router")
@@ -86,3 +87,47 @@ def _can_come(job: Any, leaf: Leaf) -> bool:
         return False
     split = leaf.split(job.zero)
     return all(axis in split.axes for axis in BATCH_AXES if job.mesh.get(axis, 1) > 1)
+
+
+def moments(
+    job: Any, found: tuple[Leaf, ...], coming: frozenset[int], before: dict[str, dict[str, int]]
+) -> dict[str, dict[str, int]]:
+    """The moments of a step with what is on its way then: one layer's slices of parameters, of gradients as they leave, and of
+    the sums so far, which loops over layers hold from before they begin until they end; and the tables outside.
+
+    Read off programs that the TPU compiler made. It starts a copy as soon as nothing hinders: tables come together when a
+    microbatch begins, the head's own sum with them, and its gradient is the last to go.
+    """
+    if not coming:
+        return before
+    policy = precisions.get(job.precision)
+    rest, compute = jnp.dtype(policy.param).itemsize, jnp.dtype(policy.compute).itemsize
+    shard = lambda leaf: rest * leaf.size // leaf.split(job.zero).pieces
+    tables = {found[index].name: found[index] for index in coming if found[index].name in ("wte", _KEPT)}
+    came = {name: shard(tables[name]) if name in tables else 0 for name in ("wte", _KEPT)}
+    is_apart = job.zero != Zero() or not facts.is_tpu(job.parsed)  # else products take what came, and give out what leaves
+    cast = {name: compute * tables[name].size if name in tables and is_apart else 0 for name in came}
+    layer = sum(shard(found[index]) for index in coming if found[index].is_layer)
+    again = 2 if job.accumulate > 1 else 1
+    slices = {"slices of parameters": layer, "slices of gradients": again * layer}
+    of_layer = compute * sum(leaf.size for leaf in found if leaf.is_layer)
+    during = {name: one | slices for name, one in before.items() if name != "update"}
+    waits = "logits" in during["backward"]
+    head = {"head as it came": came[_KEPT], "head's gradient leaving": came[_KEPT]}
+    if _KEPT in tables:
+        head |= {"head gathered": cast[_KEPT], "gradient of the head": cast[_KEPT]}
+        for name in during.keys() - {"head"}:
+            during[name] |= {} if waits else {"gradient of the head": cast[_KEPT], "head's gradient leaving": came[_KEPT]}
+    if job.zero != Zero():
+        head["one layer's gradients"] = of_layer  # the loop's first are made beside the head's
+    elif is_apart:
+        for name in during.keys() - {"head"}:
+            during[name]["gathered parameters"] = of_layer  # cast, not gathered
+    during["head"] |= head
+    if "wte" not in tables:
+        return before | during
+    always = {name: before["head"][name] for name in ("working copy", "sum of gradients", "saved activations")}
+    start = {"tables as they came": came["wte"] + again * came[_KEPT], "embedding gathered": compute * tables["wte"].size}
+    end = {"gradient of the embedding": cast["wte"], "tables' gradients leaving": came["wte"] + came[_KEPT]}
+    end |= {"logits": before["head"]["logits"]} if waits else {}
+    return before | during | {"start": always | start, "end": always | end}

@@ -366,7 +366,7 @@ def moments(job: Job, away: Away, found: dict[str, Moment]) -> dict[str, Moment]
     for name, one in during.items():
         if job.accumulate == 1 and job.pipe == 1 and name != "head":  # what leaves the program is empty before it ends, and
             room = away.grads  # temporaries lie there
-            for part in ("gradients", "attention scores"):
+            for part in (part for part in ("gradients", "attention scores") if part in one):
                 one[part], room = max(0, one[part] - room), max(0, room - one[part])
         if away.fetched and size.compute == size.param:  # nothing is cast: what was fetched is what the step works with
             one["working copy"] += away.fetched
