@@ -322,6 +322,16 @@ def test_offload_is_a_change_that_is_tried():
     assert any("fraction" in change["flags"] for change in short.changes)
 
 
+def test_what_a_gpu_compiler_cannot_show_is_not_compiled():
+    asked = [None, "opt_state=host,params=host", AT_USE, "activations=host", "opt_state=host,update=host"]
+    for target, blind in (("h100:1x8", [False, False, True, True, True]), ("v5e:2x2", [False] * 5)):
+        jobs = [job_of(one, model="llama-1b", target=target) for one in asked]
+        assert [offloads.is_blind(job) for job in jobs] == blind
+    short = plan_job(job_of(AT_USE, model="llama-405b", target="h100:1x1"))  # takes minutes where it is compiled
+    assert short.compiled is None
+    assert any("knows no host memory" in note for note in short.notes)
+
+
 def test_a_host_has_sources():
     for target, host in hosts.HOSTS.items():
         assert set(host.source) == {"devices", "memory", "link", "disk", "disk_bandwidth", "memory_bandwidth"}, target

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from jzero.models import MixtralConfig
 from jzero.offload import Offload
 from jzero.offload.asked import STEP, USE
-from jzero.plan import at_use, closed, compiled, hosts, room
+from jzero.plan import at_use, closed, compiled, hosts, offloads, room
 from jzero.plan.job import AXES, BATCH_AXES, Job
 from jzero.plan.names import fields_of, said_of
 from jzero.plan.room import usable_bytes
@@ -44,6 +44,8 @@ def changes(job: Job, *, limit: int | None = None) -> list[Change]:
 def compiled_changes(found: list[Change], *, limit: int, most: int = 3) -> list[Change]:
     """`found` with its first few compiled until one really fits; those that do not are left out."""
     for number, change in enumerate(found[:most]):
+        if offloads.is_blind(change.job):
+            return found[number:]
         peak = compiled.compile_job(change.job)["peak_bytes"]
         if peak <= limit:
             return [change._replace(compiled_peak_bytes=peak), *found[number + 1 :]]

@@ -25,7 +25,7 @@ from jzero.offload.asked import AUTO, DEVICE, HOST, NVME
 from jzero.offload.buckets import Bucket
 from jzero.offload.nvme.tier import NUM_LANES
 from jzero.offload.places import staying
-from jzero.plan import at_use, hosts, pipelines
+from jzero.plan import at_use, facts, hosts, pipelines
 from jzero.plan import moments as moment
 from jzero.plan.at_use import Uses
 from jzero.plan.job import Job
@@ -379,6 +379,13 @@ def moments(job: Job, away: Away, found: dict[str, Moment]) -> dict[str, Moment]
     elif away.fetched:
         every["fetch"] = {"working copy": during["head"]["working copy"], "largest leaf": away.largest_param, **handed}
     return every
+
+
+def is_blind(job: Job) -> bool:
+    """Whether the job's compiler cannot show what it does in host memory: that of GPUs, without one, knows no such memory."""
+    if facts.is_tpu(job.parsed) or (found := away(job)) is None:
+        return False
+    return found.activations > 0 or bool(found.uses.leaves) or any(trip.by_host for trip in found.trips)
 
 
 def places_of(job: Job) -> tuple[str, ...]:

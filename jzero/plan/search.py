@@ -7,6 +7,7 @@ from typing import Any
 from jzero.models import GPT2Config, MixtralConfig
 from jzero.offload import Offload
 from jzero.plan import at_use, closed, compiled, facts, machine, room
+from jzero.plan import offloads as offloading
 from jzero.plan.job import SCHEDULE, Job, divisors
 from jzero.plan.room import usable_bytes
 from jzero.plan.shapes import tensor_sizes
@@ -132,6 +133,7 @@ def dollars_per_1e9_tokens(price_per_hour: float, tokens_per_s_per_device: float
 
 def _compile(rows: list[dict[str, Any]], limit: int, wanted: int, num_workers: int, tick: Tick) -> None:
     """Compile rows from the top, a few at once, until `wanted` of them are known to fit."""
+    rows = [row for row in rows if not offloading.is_blind(Job.of(row["job"]))]
     num_good, done, position = 0, 0, 0
     while num_good < wanted and position < len(rows):
         batch = rows[position : position + min(wanted - num_good, num_workers)]
