@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jzero import audit
+from jzero import audit, traffic
 from jzero._tree import num_bytes
 from jzero.engine import composed, computing, fetching, offloaded, programs, reporting
 from jzero.engine.bringing import Bringing
@@ -211,7 +211,7 @@ def _at_use(program: StreamedProgram) -> tuple[int, int]:
     kept, layout = kept_use(uses), plan.layout
     size = {index: audit.shard_bytes(layout.avals[index], layout.on_device[index]) for index in plan.at_use}
     trained = sum(size[index] for index in plan.at_use if plan.mask[index])
-    times = {use.leaf: 1 if use is kept else 2 for use in uses if use.leaf in size}
+    times = {use.leaf: 1 if use is kept else traffic.num_gathers(use) for use in uses if use.leaf in size}
     fetched = sum(size[index] * times[index] for index in size)
     sums = trained if program.accumulate > 1 else 0
     return program.accumulate * (fetched + sums), program.accumulate * trained

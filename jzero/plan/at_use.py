@@ -20,6 +20,8 @@ from jzero.plan.sizes import BATCH_AXES
 
 _IN_FLOAT32 = ("ln_", "attn_norm", "mlp_norm", "norm", "router")
 _KEPT = "lm_head"  # the program's last use: what came for the forward pass is there for the backward pass
+_TABLE = "wte"
+_LOOKED_UP = (_TABLE, "wpe")  # their gradients ask for no values
 
 
 class Uses(NamedTuple):
@@ -70,7 +72,7 @@ def uses(job: Any, found: tuple[Leaf, ...], going: dict[int, int], grads: Sequen
     """Of those the ones that come at their uses. `going`, `grads`: bytes of a leaf's shard at rest, and of its gradient."""
     coming = frozenset(index for index in candidates(job, found, going) if _can_come(job, found[index]))
     k = job.accumulate
-    params = sum(going[index] * (1 if found[index].name == _KEPT else 2) for index in coming)
+    params = sum(going[index] * (1 if found[index].name in (_KEPT, *_LOOKED_UP) else 2) for index in coming)
     each = sum(grads[index] for index in coming)
     return Uses(coming, k * (params + (each if k > 1 else 0)), k * each, each, min(k, 2))
 
@@ -103,8 +105,8 @@ def moments(
     policy = precisions.get(job.precision)
     rest, compute = jnp.dtype(policy.param).itemsize, jnp.dtype(policy.compute).itemsize
     shard = lambda leaf: rest * leaf.size // leaf.split(job.zero).pieces
-    tables = {found[index].name: found[index] for index in coming if found[index].name in ("wte", _KEPT)}
-    came = {name: shard(tables[name]) if name in tables else 0 for name in ("wte", _KEPT)}
+    tables = {found[index].name: found[index] for index in coming if found[index].name in (_TABLE, _KEPT)}
+    came = {name: shard(tables[name]) if name in tables else 0 for name in (_TABLE, _KEPT)}
     is_apart = job.zero != Zero() or not facts.is_tpu(job.parsed)  # else products take what came, and give out what leaves
     cast = {name: compute * tables[name].size if name in tables and is_apart else 0 for name in came}
     layer = sum(shard(found[index]) for index in coming if found[index].is_layer)
@@ -124,10 +126,13 @@ def moments(
         for name in during.keys() - {"head"}:
             during[name]["gathered parameters"] = of_layer  # cast, not gathered
     during["head"] |= head
-    if "wte" not in tables:
+    if _TABLE not in tables:
         return before | during
     always = {name: before["head"][name] for name in ("working copy", "sum of gradients", "saved activations")}
-    start = {"tables as they came": came["wte"] + again * came[_KEPT], "embedding gathered": compute * tables["wte"].size}
-    end = {"gradient of the embedding": cast["wte"], "tables' gradients leaving": came["wte"] + came[_KEPT]}
+    start = {
+        "tables as they came": came[_TABLE] + again * came[_KEPT],
+        "embedding gathered": compute * tables[_TABLE].size,
+    }
+    end = {"gradient of the embedding": cast[_TABLE], "tables' gradients leaving": came[_TABLE] + came[_KEPT]}
     end |= {"logits": before["head"]["logits"]} if waits else {}
     return before | during | {"start": always | start, "end": always | end}
