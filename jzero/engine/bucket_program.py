@@ -75,7 +75,8 @@ class BucketProgram:
         specs = {layout.on_device[index].spec for index in self.members}
         if len(specs) > 1 or not is_elementwise(self.jaxpr, shape):
             return None
-        return slices.cut(shape, layout.on_device[self.members[0]], size, plan.bucket_bytes)
+        on_tpu = layout.mesh.devices.flat[0].platform == "tpu"
+        return slices.cut(shape, layout.on_device[self.members[0]], size, plan.bucket_bytes, on_tpu=on_tpu)
 
     def _run(self, members: list[Any], grads: list[Any], scales: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
         if self.slices is None:

@@ -76,7 +76,8 @@ class Differentiable:
             parts = _reduced_first(parts)
         if level.in_remat or not gathers or eqn.effects or kept:
             return apply(*parts)
-        return jax.checkpoint(apply, prevent_cse=level.depth == 0)(*parts)
+        comes = any(isinstance(value, Tracked) and value.parts.away is not None for value in values)
+        return jax.checkpoint(apply, prevent_cse=level.depth == 0 or comes)(*parts)
 
     def _inside_the_loop(self, parts: Sequence[Any], values: Sequence[Any], level: Level) -> Sequence[Any]:
         """Shards that are the same in every iteration, tied to the use's other operands so that their gathers stay in the loop:
