@@ -115,7 +115,7 @@ def test_slices_are_equal_and_leave_split_dims_alone():
     assert slices.cut((64,), jax.NamedSharding(mesh, PartitionSpec("data")), 1000, 250) is None
     whole = jax.NamedSharding(mesh, PartitionSpec())
     assert slices.cut((4, 256), whole, 6000, 100) == slices.Slices(1, 64, 4)
-    assert slices.cut((4, 256), whole, 6000, 100, on_tpu=True) == slices.Slices(0, 4, 1)  # not enough, but no tile is cut
+    assert slices.cut((4, 256), whole, 6000, 100, on_tpu=True) == slices.Slices(1, 2, 128)  # no tile is cut
     assert slices.cut((4, 4096), whole, 6000, 400, on_tpu=True) == slices.Slices(1, 16, 256)
     assert slices.cut((13, 64), sharding, 1000, 50) == slices.Slices(0, 13, 1)  # as many as there can be
 

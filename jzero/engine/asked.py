@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jzero import mesh as meshes
@@ -51,7 +52,7 @@ def options(
     mesh = meshes.make_mesh() if mesh is None else mesh
     meshes.check_mesh(mesh)
     table = _schedule(fn, mesh, schedule)
-    _check_fetch(offload, row, table)
+    _check_fetch(fn, offload, row, table)
     if table is not None and meshes.axis_size(mesh, "expert") > 1:
         found, fix = [f"mesh {meshes.describe(mesh)}"], "Give the axis `expert`'s devices to `data`, or leave `pipe` out."
         raise NotImplementedError(explain(WHO, "a pipeline has no axis 'expert' in this version", found=found, fix=fix))
@@ -93,10 +94,16 @@ def _check_offload(fn: Any, offload: Any, donate: Any) -> None:
         raise NotImplementedError(explain(WHO, "only a TrainStep's state can be offloaded", found=found, fix=fix))
 
 
-def _check_fetch(offload: Offload | None, stage: stages.Stage, table: Schedule | None) -> None:
-    """Parameters that come at their uses are gathered there, too."""
+def _check_fetch(fn: Any, offload: Offload | None, stage: stages.Stage, table: Schedule | None) -> None:
+    """Parameters that come at their uses are gathered there, too; and gradients take their place."""
     if offload is None or offload.fetch != USE:
         return
+    rests, adds_up = (jnp.dtype(dtype).name for dtype in (fn.policy.param, fn.policy.accumulate))
+    if rests != adds_up:
+        found = [f"{offload}: parameters rest in {rests}, gradients add up in {adds_up}"]
+        fix = "Use precision='bf16' (float32 at rest), or leave fetch= out."
+        problem = "with fetch='use' gradients have the dtype of the parameters that rest in host memory"
+        raise NotImplementedError(explain(WHO, problem, found=found, fix=fix))
     found = [f"{offload} at stage {stage.number}"]
     if stage.gather != "use":
         fix = "Write stage=3, on one device too, or leave fetch= out."

@@ -189,7 +189,7 @@ class Gradients:
         program = self.step.trace(self._params(self.avals), micro, self.key, self.state.model_state)
         reading = self._holding(comm, {}).reading
         is_apart = lambda index: self.by_shard and bool(self._missing(self.layout.split(index)))
-        return fetching.at_use(self.layout, self.options, self.step.policy, self.mask, reading, program.jaxpr, is_apart)
+        return fetching.at_use(self.layout, self.options, self.mask, reading, program.jaxpr, is_apart)
 
     def _findings(self) -> list[str]:
         """What the analysis of the loss found, and what is done about it."""

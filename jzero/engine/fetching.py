@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from jzero._errors import columns, explain
 from jzero._tree import is_float, num_elements
 from jzero.engine import experts
@@ -13,7 +11,6 @@ from jzero.gather.away import comes_once, findings
 from jzero.gather.facts import Fact, Reading, rooted
 from jzero.mesh import batch_axes
 from jzero.offload.asked import HOST, USE
-from jzero.precision import PrecisionPolicy
 
 WHO = "jzero.Offload"
 
@@ -36,8 +33,7 @@ def candidates(layout: Layout, options: Options) -> list[int]:
 
 
 def at_use(
-    layout: Layout, options: Options, policy: PrecisionPolicy, mask: Sequence[bool], reading: Reading, program: Any,
-    is_apart: Callable[[int], bool],
+    layout: Layout, options: Options, mask: Sequence[bool], reading: Reading, program: Any, is_apart: Callable[[int], bool]
 ) -> tuple[dict[int, tuple[int, ...]], list[str]]:  # fmt: skip
     """The parameters that do, with the loops around their uses, and findings about them and the others.
 
@@ -46,14 +42,8 @@ def at_use(
       is_apart: whether a parameter's gradient has still to be added up over an axis after its reduction.
 
     Raises:
-      NotImplementedError: gradients would have another dtype than the parameters that rest in their place.
       ValueError: no parameter can.
     """
-    if jnp.dtype(policy.param) != jnp.dtype(policy.accumulate):
-        found = [f"parameters rest in {jnp.dtype(policy.param).name}, gradients add up in {jnp.dtype(policy.accumulate).name}"]
-        fix = "Use precision='bf16' (float32 at rest), or leave fetch= out."
-        problem = "with fetch='use' gradients have the dtype of the parameters that rest in host memory"
-        raise NotImplementedError(explain(WHO, problem, found=found, fix=fix))
     reasons: dict[int, str] = {}
     facts: list[Fact | None] = [None] * len(program.in_avals)
     for index in candidates(layout, options):

@@ -126,6 +126,7 @@ def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
         bare = replace(bare, late=bare.late | {bare.scalars[at] for at in found.late})
         found = splitting.split(*_traced(step, bare), num_scalars=len(bare.scalars))
     groups, plan, asked = _groups(bare, found), replace(bare, split=found), options.offload.update
+    _check_nothing_waits(plan)
     reasons = computing.reasons(plan, groups, asked)  # may be an error, so before anything is measured
     size = resting.bucket_bytes(layout, options)
     plan = replace(plan, bucket_bytes=size)
@@ -219,8 +220,13 @@ class GradientStep(TrainStep):
         return after, (metrics, Carried(placed, *rest))
 
 
-def _check_here(plan: Update, missing: Sequence[int]) -> None:
-    """Gradients that all of the update waits for are on the device."""
+def _check_nothing_waits(plan: Update) -> None:
+    """Gradients that leave as they appear are not there when an update asks for all gradients."""
+    num_params, num_arrays, num_scalars = plan.num_outputs
+    _, used = plan.split.first([*[False] * (num_params + num_arrays), *[True] * num_scalars])
+    after_params = len(plan.split.consts) + num_params
+    wanted = used[after_params : after_params + num_params]
+    missing = [at for at, index in enumerate(plan.trained) if wanted[at] and index in plan.at_use]
     if not missing:
         return
     found = [plan.layout.placements[plan.trained[at]].leaf.path for at in missing[:10]]
@@ -241,7 +247,5 @@ def _first(plan: Update, params: Sequence[Any], grads: Sequence[Any], shared: Se
     jaxpr, used = plan.split.first(outputs)
     trained = [params[index] for index in plan.trained]
     every = plan.inputs(trained, grads, [None] * num_arrays, shared)
-    wanted = plan.inputs(trained, range(len(grads)), [None] * num_arrays, shared)
-    _check_here(plan, [at for at, keep in zip(wanted, used, strict=True) if keep and isinstance(at, int) and grads[at] is None])
     found = _compat.evaluate(jaxpr, [value for value, keep in zip(every, used, strict=True) if keep])
     return found[:num_scalars], found[num_scalars:]
