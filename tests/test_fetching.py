@@ -84,7 +84,7 @@ CASES = {
         (("w", "is the same in every iteration of a loop"),),
     ),
     "cut and cast": Case(
-        lambda p, x: mean(x @ p["cut"][:, :8]) + mean(x @ p["cast"].astype(jnp.bfloat16)) + mean(x @ p["w"]),
+        lambda p, x: mean(x[:, :8] @ p["cut"][:8]) + mean(x @ p["cast"].astype(jnp.bfloat16)) + mean(x @ p["w"]),
         {"cut": square(), "cast": square(), "w": square()},
         {"w"},
         (("cut", "is cut or cast before its use"), ("cast", "is cut or cast before its use")),
