@@ -132,7 +132,10 @@ def check(case, num_devices, **options):
     return step, state, x
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("a custom derivative", "used by nothing", "inside a remat region", "turned round behind the loop", "loops in loops")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_what_comes_at_its_use_changes_no_number(name):
     case = CASES[name]
     step, state, x = check(case, 2)

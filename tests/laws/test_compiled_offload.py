@@ -161,7 +161,7 @@ def check_at_use(report, memory, num_params, num_stacked):
     assert any("come from host memory at each use" in line for line in report.findings)
 
 
-@pytest.mark.parametrize("update", ["device", "host"])
+@pytest.mark.parametrize("update", [pytest.param("device", marks=pytest.mark.slow), "host"])
 def test_parameters_come_at_their_uses_and_gradients_leave(update):
     both = {"opt_state": "host", "params": "host", "update": update}
     report, memory, num_params = measured(layers=2, width=256, rows=8, **both, fetch="use")

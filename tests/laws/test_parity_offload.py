@@ -75,7 +75,6 @@ IN_SHORT = (  # on a network of two layers
     ("opt in buckets", 3, "8", "fp16", "adamw", "host"),
     ("nvme and host", 2, "2", "bf16-pure", "clipped", "host"),
     ("at use", 3, "8", "fp16", "adamw"),
-    ("at use", 3, "1", "bf16", "lamb", "device", 1),
     ("at use", 3, "2", "fp32", "adamw", "host"),
 )
 BESIDE = (  # what `FACTORS` has not
