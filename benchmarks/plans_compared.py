@@ -24,6 +24,8 @@ llama-1b h100:1x1 seq=2048 batch=4 accumulate=4 offload=opt_state=host
 llama-1b h100:1x1 seq=2048 offload=opt_state=host,params=host
 llama-1b,num_layers=8 h100:1x1 seq=2048 offload=opt_state=nvme:swap
 llama-1b,num_layers=8 v5e:2x2 seq=2048 offload=opt_state=host,params=host
+llama-1b,num_layers=8 v5e:2x2 seq=2048 offload=opt_state=host,params=host,fetch=use
+llama-1b,num_layers=4 v5e:2x2 seq=2048 batch=16 accumulate=4 offload=opt_state=host,params=host,fetch=use
 llama-1b,num_layers=4 v5e:2x2 seq=2048 offload=opt_state=host,update=host
 llama-1b,num_layers=4 v5e:2x2 seq=2048 remat=dots
 llama-1b,num_layers=4 v5e:2x2 seq=2048 offload=activations=host

@@ -37,6 +37,7 @@ class Case(NamedTuple):
     precision: str = "bf16"
 
 
+USE = "opt_state=host,params=host,fetch=use"
 CASES = (
     Case("device alone", None),
     Case("128 GB host, moments there", "opt_state=host", 128 * GB),
@@ -46,9 +47,18 @@ CASES = (
     Case("128 GB host, moments on NVMe, parameters in host memory", "opt_state=nvme:/data/swap,params=host", 128 * GB),
     Case("128 GB host, all state on NVMe", "opt_state=nvme:/data/swap,params=nvme:/data/swap", 128 * GB),
     Case("128 GB host, all state there, bf16-pure", "opt_state=host,params=host", 128 * GB, "bf16-pure"),
+    Case("128 GB host, all state there, fetched at use", USE, 128 * GB),
+    Case("1 TB host, all state there, fetched at use", USE, 1000 * GB),
+    Case("1 TB host, all state there, fetched at use, updated by the host", f"{USE},update=host", 1000 * GB),
+    Case(
+        "128 GB host, moments on NVMe, parameters fetched at use", "opt_state=nvme:/data/swap,params=host,fetch=use", 128 * GB
+    ),
+    Case("1 TB host, moments on NVMe, parameters fetched at use", "opt_state=nvme:/data/swap,params=host,fetch=use", 1000 * GB),
 )
 MOMENTS = Case("1 TB host, moments there", "opt_state=host", 1000 * GB)
 EIGHT = Case("1 TB host, all state there", "opt_state=host,params=host", 1000 * GB)
+AT_USE, BY_HOST = CASES[9:11]
+OFF = (MOMENTS, EIGHT, AT_USE, BY_HOST)
 
 
 def main() -> None:
@@ -57,15 +67,18 @@ def main() -> None:
     args = parser.parse_args()
     largest = {(case, k): best(case, k) for case in CASES for k in MICROBATCHES[:2]}
     rows = [row(case, k, job) for (case, k), job in largest.items()]
-    alone, most = largest[CASES[0], 16], largest[CASES[3], 1]
-    both = [row(case, k, job_of(case, alone.model, k)) for k in MICROBATCHES[1:] for case in (CASES[0], MOMENTS, EIGHT)]
-    same = [row(EIGHT, k, job_of(EIGHT, "llama-8b", k)) for k in MICROBATCHES]
+    alone, most = largest[CASES[0], 16], largest[AT_USE, 1]
+    both = [row(case, k, job_of(case, alone.model, k)) for k in MICROBATCHES[1:] for case in (CASES[0], *OFF)]
+    same = [row(case, k, job_of(case, "llama-8b", k)) for case in (EIGHT, AT_USE, BY_HOST) for k in MICROBATCHES]
     times_more = closed.num_params(most.config) / closed.num_params(largest[CASES[0], 1].config)
     said = f"{billions(most)} on one H100 of 80 GB with {most_host(most)} of host memory"
-    claimed = f"{said}, {times_more:.1f} times what the device alone trains"
+    claimed = (
+        f"{said}, {times_more:.1f} times what the device alone trains; {billions(largest[AT_USE, 16])} with 16 microbatches"
+    )
     parts = {
         "LARGEST": table(NAMES, rows), "SAME": table(NAMES, both), "EIGHT": table(NAMES, same),
-        "ARITHMETIC": arithmetic(*(largest[CASES[number], 16] for number in (3, 4, 6))),
+        "ARITHMETIC": arithmetic(*(largest[CASES[number], 16] for number in (3, 4, 6, 9, 10))),
+        "ONLAYERS": on_device(largest[AT_USE, 16]), "SPEED8B": speeds("llama-8b"),
         "RATIO16": ratios(alone.model, 16), "RATIO64": ratios(alone.model, 64),
         "CLAIMS": table(("", "claim", "here"), [(*CLAIMS[0], claimed), CLAIMS[1]]),
     }  # fmt: skip
@@ -79,7 +92,23 @@ def main() -> None:
 def ratios(model: str, k: int) -> str:
     """Of the device's speed, what is left with moments, and with all state, in host memory."""
     whole = speed_of(CASES[0], model, k)
-    return " and ".join(f"{speed_of(case, model, k) / whole:.2f}" for case in (MOMENTS, EIGHT))
+    return ", ".join(f"{speed_of(case, model, k) / whole:.2f}" for case in OFF)
+
+
+def speeds(model: str) -> str:
+    """Tokens per second with everything in host memory and with fetches at use, by microbatches x sequences in each."""
+    cases = {"fetched when a step begins": EIGHT, "fetched at use": AT_USE, "and updated by the host": BY_HOST}
+    shapes = [*((k, 1) for k in MICROBATCHES), (1, 16), (1, 32), (4, 32)]
+    head = ("", *(f"{k} x {count}" for k, count in shapes))
+    every = {name: [job_of(case, model, *shape) for shape in shapes] for name, case in cases.items()}
+    said = lambda job: f"{times(job).tokens_per_s_per_device:,.0f}" if fits(job) else "does not fit"
+    return table(head, [(name, *map(said, jobs)) for name, jobs in every.items()])
+
+
+def on_device(job: Job) -> str:
+    """What is at the peak where parameters come at their uses, the largest first."""
+    parts = closed.memory(job, fused_attention=True).parts.items()
+    return ", ".join(f"{name} {size / GB:.1f} GB" for name, size in parts if size >= 0.1 * GB)
 
 
 def billions(job: Job) -> str:
@@ -94,11 +123,12 @@ def speed_of(case: Case, model: str, k: int) -> float:
     return times(job_of(case, model, k)).tokens_per_s_per_device
 
 
-def job_of(case: Case, model: str, k: int) -> Job:
-    offload = names.offload(case.offload) if case.offload else None
+def job_of(case: Case, model: str, k: int, sequences: int = 1) -> Job:
+    offload, batch = names.offload(case.offload) if case.offload else None, k * sequences
     return make(
-        model, TARGET, seq=SEQ, batch=k, accumulate=k, precision=case.precision, offload=offload, host_memory=case.host_memory
-    )
+        model, TARGET, seq=SEQ, batch=batch, accumulate=k, precision=case.precision, offload=offload,
+        host_memory=case.host_memory,
+    )  # fmt: skip
 
 
 def peak_of(job: Job) -> int:
@@ -164,13 +194,26 @@ def arithmetic(*jobs: Job) -> str:
         if found.brought:
             rate = min(has.link, has.disk_bandwidth) / GB
             lines.append(f"- from files: 4 Psi = {found.fetched / GB:.1f} GB at {rate:.1f} GB/s = {sent.read_s:.2f} s")
-        elif found.fetched:
+        elif found.fetched >= psi:  # and not only norms
             lines.append(f"- fetch: 4 Psi = {found.fetched / GB:.1f} GB at {has.link / GB:.1f} GB/s = {sent.fetch_s:.2f} s")
-        if found.host_moved:
-            each = found.host_moved / psi
+        if found.uses.comes:
+            comes, left, over = found.uses.comes / GB, found.uses.left / GB, max(0.0, sent.uses_s - timed.compute_s)
+            each = found.uses.comes / job.accumulate / psi
+            lines.append(
+                f"- at their uses: {comes:,.0f} GB come ({each:.1f} Psi a microbatch: parameters twice, the sum so far) while "
+                f"{left:,.0f} GB leave, at {has.link / GB:.1f} GB/s each way: {sent.uses_s:.2f} s, of which {over:.2f} s "
+                "outlast the gradient"
+            )
+        by_host = any(trip.by_host for trip in found.trips)
+        if by_host:
+            rate = has.host_bandwidth / GB
+            lines.append(f"- update on the host: 28 Psi = {28 * psi / GB:.1f} GB at {rate:.1f} GB/s = {sent.host_s:.2f} s")
+        if found.host_moved and not by_host:
+            each, more = found.host_moved / psi, found.sent - found.back
+            grads = f" + {more / GB:.1f} GB of gradients" if more else ""
             lines.append(
                 f"- update: {each:.0f} Psi = {found.host_moved / GB:.1f} GB each way, in slices that take turns: "
-                f"2 x {found.host_moved / GB:.1f} GB at {has.link / GB:.1f} GB/s = {sent.link_s:.2f} s"
+                f"2 x {found.host_moved / GB:.1f} GB{grads} at {has.link / GB:.1f} GB/s = {sent.link_s:.2f} s"
             )
         if found.disk_moved:
             rate = has.disk_bandwidth / GB
@@ -200,7 +243,7 @@ CLAIMS = (
     (
         "ZeRO-Infinity (Rajbhandari et al., 2021, arXiv:2104.07857)",
         "1T fine-tuned on one DGX-2: 16 V100s, 1.5 TB of host memory, NVMe",
-        "not reachable: gradients, and one working copy of the parameters, stay on the device",
+        "not reachable: what comes at its use rests in host memory, not in files, beside its gradients: 8 to 12 bytes each",
     ),
 )
 TEXT = """# How large a model trains on one H100
@@ -214,7 +257,8 @@ here was timed.
 LARGEST
 
 The largest that the device alone trains with 16 microbatches, on the device and off it. With 16 microbatches of 2,048
-tokens RATIO16 of its speed are left (moments off the device; all state), where 0.8 is wanted; with 64 RATIO64.
+tokens RATIO16 of its speed are left (moments off the device; all state; parameters fetched at their uses; and updated by the
+host), where 0.8 is wanted; with 64 RATIO64.
 
 SAME
 
@@ -233,19 +277,32 @@ ARITHMETIC
 CLAIMS
 
 Per parameter ZeRO-Offload's GPU holds 2 bytes, its fp16 copy: gradients leave for the host as they appear, and the host's
-processors make the update. jzero's device holds 6 with one microbatch (2 for the bf16 copy and 4 for the fp32 gradients,
-in whose memory the bf16 gradients lie before) and 8 with more (the bf16 gradients of a microbatch beside the fp32 sums),
-plus 4 where parameters rest on the device. That is the whole difference: 80 GB over 6 to 8 bytes is 10 to 13B however
-much memory the host has. What is missing, and what each would free:
+processors make the update. With `params="host"` alone jzero's device holds 6 with one microbatch (2 for the bf16 copy and 4
+for the fp32 gradients, in whose memory the bf16 gradients lie before) and 8 with more (the bf16 gradients of a microbatch
+beside the fp32 sums): 80 GB over 6 to 8 bytes is 10 to 13B however much memory the host has. With `fetch="use"` it holds
+none of them for the layers and the tables, and what is on the device does not grow with the number of layers but for their
+saved inputs. Host memory is the limit then: 16 bytes a parameter (12 of state, 4 of gradients), and 20 with several
+microbatches, for a sum is made beside the old one. On the device in the 1 TB row with 16 microbatches:
 
-- **Gradients that leave as they appear** (to host memory, or into an update of each layer): 4 to 6 bytes. 2 remain: 38B
-  in 1 TB, which 12 bytes of state and 4 of gradients on the host allow.
-- **Parameters fetched layer by layer**: the bf16 copy too. Then activations are the limit.
+- ONLAYERS
+
+It costs the link 8 bytes a parameter and microbatch of fetches (the head 4) and 4 of gradients the other way; with several
+microbatches 4 more for the sums. That hides behind the gradient where a microbatch has tokens enough: at one sequence of 2,048
+it does not. So larger microbatches, which the freed memory allows, rather than more. Llama 8B in tokens/s, by microbatches x
+sequences in each:
+
+SPEED8B
+
+How far this is checked: on v5e (`benchmarks/plans_compared.py`), whose compiler shows memories; the peak of two programs of a
+1B model on four chips was planned +1.0% and -2.2%, that of one with tables of its own on one chip, at two microbatches, -11%.
+The GPU compiler without a device does not tell memories apart, so the rows for H100 are the TPU's rules.
+
+What is missing, and what each would free:
+
+- **One sum in host memory instead of two**: 4 bytes there with several microbatches.
 - **Moments on NVMe beside parameters in host memory** go whole leaf by whole leaf, not in slices (`by_slices.py` slices only
   where parameters rest on the device or in files too), and the pool is four of the largest: a row of the table shows what is
   left. With parameters on NVMe as well all of it goes by rows, for 8 bytes a parameter more read and 4 more written.
-- **An update on the host's processors** sends gradients down and bf16 parameters up: 6 bytes where the state's way there and
-  back takes 24.
 - **Slices that leave while others arrive** would hide one direction, as whole buckets do: at most half of the update's time. A
   model whose layers are a list (`models.build(..., scan_layers=False)`) with a `bucket_bytes` that holds a leaf of one layer
   gets that today; plans count stacked layers.

@@ -83,7 +83,11 @@ class Report:
         brought = f"{human(self.offload['brought_bytes'])} brought from files first; " if self.offload["brought_bytes"] else ""
         by_host, back = sum(bucket["update"] == "host" for bucket in buckets), human(self.offload["back_bytes"])
         there = f" ({by_host} of them by the host)" if by_host else ""
-        ways = f"{moved} a step each way" if moved == back else f"{moved} a step to the host and {back} back"
+        way = "host" if by_host else "device"
+        ways = f"{moved} a step each way" if moved == back else f"{moved} a step to the {way} and {back} back"
+        if self.offload["fetched_bytes"]:
+            fetched, left = human(self.offload["fetched_bytes"]), human(self.offload["left_bytes"])
+            brought += f"{fetched} of parameters come at their uses, {left} of gradients leave as they appear; "
         return f"State at rest: {at_rest}; {brought}updated in {len(buckets)} buckets{there} of up to {largest}, {ways}"
 
     def buffer_table(self, most: int = 10) -> str:

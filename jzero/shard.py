@@ -11,7 +11,7 @@ import jax
 from jzero import mesh as meshes
 from jzero._errors import columns, explain
 from jzero._tree import named_leaves, short
-from jzero.engine import achieved, asked, compiler, leaves, offloaded, programs, reporting, resting, streaming
+from jzero.engine import achieved, asked, compiler, fetching, leaves, offloaded, programs, reporting, resting, streaming
 from jzero.engine.asked import WHO
 from jzero.engine.bringing import Bringing
 from jzero.engine.layout import Layout, Options, layout
@@ -219,7 +219,8 @@ class ShardedStep:
         """What cannot rest where it should, or not be updated there, is refused before anything is made."""
         if self._options.moves_state:
             assert isinstance(self.fn, TrainStep)
-            resting.check(placed, self._options.tiers, self.fn)
+            leaving = fetching.candidates(placed, self._options)
+            resting.check(placed, self._options.tiers, self.fn, leaving)
             self._plan(placed)
 
     def unsharded(self, statics: Statics) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ import jzero
 
 TX = optax.sgd(0.1, momentum=0.9)
 STEP, MAKE, MESH, OFFLOAD = "jzero.shard", "jzero.make_train_step", "jzero.make_mesh", "jzero.Offload"
-HOST = jzero.Offload(opt_state="host")
+HOST, AT_USE = jzero.Offload(opt_state="host"), jzero.Offload(params="host", fetch="use")
 FLOATS, ROWS = (64, 32), (16, 64)
 
 
@@ -363,6 +363,26 @@ TABLE: dict[str, Callable[[], Bad]] = {
     "update on the host of what rests in files": lambda: Bad(
         shard(jzero.make_train_step(loss, TX), offload=jzero.Offload(params="nvme:/x", update="host")), NotImplementedError,
         "the host does not update parameters that rest in files", ("update='host'",), "params='host'", "brought to the device",
+    ),
+    "fetch at no time": lambda: Bad(
+        lambda: jzero.Offload(params="host", fetch="used"), ValueError, "fetch= is 'step' or 'use'", ("fetch='used'",),
+        'fetch="use"', "Did you mean 'use'?", who=OFFLOAD,
+    ),
+    "fetch of what is there": lambda: Bad(
+        lambda: jzero.Offload(opt_state="host", fetch="use"), ValueError, "parameters in host memory", ("params=None",),
+        'params="host"', who=OFFLOAD,
+    ),
+    "fetch at uses that are none": lambda: Bad(
+        shard(jzero.make_train_step(loss, TX), stage=1, offload=AT_USE), ValueError, "only stage 3 wants", ("stage 1",),
+        "stage=3",
+    ),
+    "gradients in another dtype": lambda: Bad(
+        shard(jzero.make_train_step(loss, TX, precision="bf16-pure"), offload=AT_USE), NotImplementedError,
+        "the dtype of the parameters that rest", ("rest in bfloat16", "float32"), "precision='bf16'",
+    ),
+    "an optimizer that waits for gradients that left": lambda: Bad(
+        offloads(optax.chain(optax.clip_by_global_norm(1.0), TX), params="host", fetch="use"), NotImplementedError,
+        "no update may wait for all gradients", ("params/w",), "clip_norm=", "in host memory", who=OFFLOAD,
     ),
     "activations under a policy that saves nothing": lambda: Bad(
         shard(jzero.make_train_step(loss, TX), remat="full", offload=jzero.Offload(activations="host")), ValueError,

@@ -15,7 +15,7 @@ from benchmarks import plans_compared
 from jzero import models
 from jzero.engine.bringing import Bringing
 from jzero.engine.by_slices import SlicedProgram
-from jzero.plan import closed, facts, hosts, names, offloads, room, search
+from jzero.plan import closed, facts, hosts, names, offloads, room, search, worker
 from jzero.plan.job import Job, make
 from jzero.plan.main import main
 from jzero.plan.pasted import python_of
@@ -86,12 +86,14 @@ def test_buckets_are_the_engines(line):
     assert [trip.num for trip in found.trips] == [bucket["slices"] for bucket in measured["buckets"]]
     assert [trip.sent for trip in found.trips] == [bucket["moved_bytes"] for bucket in measured["buckets"]]
     assert found.grads == measured["grad_bytes"]
+    uses = (found.uses.comes, found.uses.left, found.uses.grads)
+    assert uses == tuple(measured.get(key, 0) for key in ("fetched_bytes", "left_bytes", "grads_in_host_bytes"))
     temps = [
         (trip.worked, bucket["temp_bytes"])
         for trip, bucket in zip(found.trips, measured["buckets"], strict=True)
-        if trip.by_host
+        if trip.by_host or trip.load.grads_there
     ]
-    assert all(worked == pytest.approx(temp, rel=0.01) for worked, temp in temps)
+    assert all(worked == pytest.approx(temp, rel=0.015) for worked, temp in temps)
     for role in ("params", "opt_state"):
         assert closed.memory(job).at_rest[role] == pytest.approx(row["at_rest"][role], abs=64)  # and the optimizer's count
     assert closed.memory(job).peak_bytes == pytest.approx(row["peak_bytes"], rel=0.06)
@@ -189,6 +191,94 @@ def test_what_comes_first_and_the_buckets_are_the_engines(opt_state, precision):
     assert (found.still_here > 0) == (precision == "bf16-pure")
 
 
+AT_USE = "opt_state=host,params=host,fetch=use"
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "asked"),
+    [
+        ("gpt2-tiny,num_layers=2", {"data": 4}, {"accumulate": 2}),
+        ("llama-tiny,num_layers=2,dim=192", {"data": 1}, {"update": "host"}),
+        pytest.param(
+            "llama-tiny,num_layers=6,dim=192,tied=1",
+            {"data": 4},
+            {"precision": "fp32", "fraction": 0.9},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("mixtral-tiny,num_layers=2", {"data": 2, "expert": 2}, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_what_comes_at_its_use_is_the_engines(model, mesh, asked):
+    """Of a compiled step: which leaves come, how often, what leaves, and what of the update goes over the link."""
+    rest = {name: value for name, value in asked.items() if name not in ("precision", "accumulate")}
+    offload = jzero.Offload(opt_state="host", params="host", fetch="use", bucket_bytes=1_000_000, **rest)
+    rest = {name: value for name, value in asked.items() if name in ("precision", "accumulate")}
+    job = make(model, f"h100:1x{math.prod(mesh.values())}", seq=16, mesh=mesh, offload=offload, **rest)
+    made = models.build(job.config)
+    train_step = jzero.make_train_step(made.loss, optax.adamw(1e-3), precision=job.precision, accumulate=job.accumulate)
+    devices = jax.devices()[: job.num_devices]
+    step = jzero.shard(
+        train_step,
+        stage=3,
+        mesh=jzero.make_mesh(**mesh, devices=devices),
+        remat="full",
+        rules=worker.rules_of(job),
+        offload=offload,
+    )
+    state = jax.eval_shape(lambda: train_step.init(made.init(jax.random.key(0))))
+    measured = step.report(state, jax.ShapeDtypeStruct((job.batch, job.seq + 1), jnp.int32)).offload
+    found = offloads.away(job)
+    keys = ("fetched_bytes", "left_bytes", "grads_in_host_bytes", "grad_bytes", "moved_bytes", "back_bytes")
+    planned = (found.uses.comes, found.uses.left, found.uses.grads, found.grads, found.sent, found.back)
+    assert dict(zip(keys, planned, strict=True)) == {key: measured[key] for key in keys}
+    assert found.host_moved == measured["at_rest"]["pinned_host"]
+    assert [trip.sent for trip in found.trips] == [bucket["moved_bytes"] for bucket in measured["buckets"]]
+    assert [trip.num for trip in found.trips] == [bucket["slices"] for bucket in measured["buckets"]]
+    assert found.uses.grads > 0
+
+
+@pytest.mark.parametrize(("accumulate", "copies"), [(1, 1), (2, 2), (8, 2)])
+def test_gradients_in_host_memory_by_hand(accumulate, copies):
+    """Llama 8B on one H100: 12 bytes a parameter rest there, and 4 of gradients, twice while sums are made; norms apart."""
+    asked = {"accumulate": accumulate, "batch": accumulate}
+    plain, job = (job_of(one, **asked) for one in ("opt_state=host,params=host", AT_USE))
+    before, found, psi = offloads.away(plain), offloads.away(job), closed.num_params(job.config)
+    near = lambda number: pytest.approx(number, rel=1e-3)
+    assert found.gone == before.gone
+    assert closed.memory(job).at_rest == closed.memory(plain).at_rest
+    assert found.host_bytes - before.host_bytes == near(copies * 4 * psi)
+    assert before.grads - found.grads == found.uses.grads == near(4 * psi)
+    tables = 2 * 4 * job.config.vocab_size * job.config.dim
+    sums = 4 * psi if accumulate > 1 else 0
+    assert found.uses.comes == near(
+        accumulate * (8 * psi - tables + sums)
+    )  # the head comes once, and so does what is looked up
+    assert found.uses.left == near(accumulate * 4 * psi)
+    assert found.fetched == 4 * psi - found.uses.grads  # the norms
+    assert (found.sent, found.back) == (near(16 * psi), near(12 * psi))
+    by_host = offloads.away(job_of(f"{AT_USE},update=host", **asked))
+    assert by_host.sent == by_host.grads == found.grads  # the norms' gradients
+    peaks = [closed.memory(one, fused_attention=True).peak_bytes for one in (plain, job)]
+    of_layers = psi - 2 * job.config.vocab_size * job.config.dim
+    assert peaks[0] - peaks[1] > 0.95 * (6 if accumulate == 1 else 8) * of_layers  # working copy, gradients, sums
+    assert closed.wire(job) == closed.wire(plain)
+
+
+def test_what_comes_at_its_use_passes_beside_the_layers():
+    """As long as the gradient takes longer than the longer way over the link: 12 bytes a parameter and microbatch."""
+    link = 63e9 * 0.8
+    for micro, is_hidden in ((1, False), (32, True)):
+        job = job_of(AT_USE, accumulate=4, batch=4 * micro, seq=2048)
+        found, away = times(job), offloads.away(job)
+        sent = found.transfer
+        assert sent.uses_s == pytest.approx(away.uses.comes / link)
+        assert (sent.uses_s < found.compute_s) == is_hidden
+        shown = max(0.0, sent.uses_s - found.compute_s)
+        assert sent.waited_s == pytest.approx(sent.fetch_s + sent.link_s + shown)
+        assert found.step_s == pytest.approx(found.compute_s + found.update_s + sent.waited_s)
+        assert sent.link_s == pytest.approx((16 + 12) * closed.num_params(job.config) / link, rel=1e-3)
+
+
 def test_activations_pass_beside_the_layers():
     job = job_of("activations=host", model="llama-1b", target="v5e:4x4", seq=2048)
     assert job.remat == "dots"
@@ -234,6 +324,16 @@ def test_offload_is_a_change_that_is_tried():
     assert any("fraction" in change["flags"] for change in short.changes)
 
 
+def test_what_a_gpu_compiler_cannot_show_is_not_compiled():
+    asked = [None, "opt_state=host,params=host", AT_USE, "activations=host", "opt_state=host,update=host"]
+    for target, blind in (("h100:1x8", [False, False, True, True, True]), ("v5e:2x2", [False] * 5)):
+        jobs = [job_of(one, model="llama-1b", target=target) for one in asked]
+        assert [offloads.is_blind(job) for job in jobs] == blind
+    short = plan_job(job_of(AT_USE, model="llama-405b", target="h100:1x1"))  # takes minutes where it is compiled
+    assert short.compiled is None
+    assert any("knows no host memory" in note for note in short.notes)
+
+
 def test_a_host_has_sources():
     for target, host in hosts.HOSTS.items():
         assert set(host.source) == {"devices", "memory", "link", "disk", "disk_bandwidth", "memory_bandwidth"}, target
@@ -248,6 +348,10 @@ def test_the_search_tries_offload_and_it_can_be_pasted():
     assert found["num_candidates"] > len(list(search.candidates(job)))
     assert found["winner"]["job"]["offload"] == {"opt_state": "host", "params": "host"}  # nothing else fits one of them
     assert "offload=jzero.Offload(opt_state='host', params='host')" in python_of(found["winner"]["job"])
+    larger = search.search(make("llama-8b,num_layers=64", "h100:1x1", seq=2048, batch=4, host_memory=10**12), compile_best=0)
+    asked = "offload=jzero.Offload(opt_state='host', params='host', fetch='use')"
+    assert asked in python_of(larger["winner"]["job"])  # gradients do not fit, either
+    assert larger["winner"]["job"]["stage"] == 3
 
 
 @pytest.mark.slow
@@ -270,6 +374,11 @@ def test_pasted_offload_trains():
         (["--disk-bandwidth", "3GB"], "would have no effect"),
         (["--offload", "opt_state=host", "--host-memory", "many"], "not a number of bytes"),
         (["--offload", "activations=host", "--mesh", "pipe=2", "--accumulate", "4"], "a pipeline saves no activations"),
+        (["--offload", AT_USE, "--stage", "2"], "only stage 3"),
+        (["--offload", AT_USE, "--mesh", "pipe=2", "--accumulate", "4"], "a pipeline fetches its parameters once a step"),
+        (["--offload", AT_USE, "--precision", "bf16-pure"], "gradients have the dtype of the parameters"),
+        (["--offload", AT_USE, "--mesh", "replica=2"], "no effect"),
+        (["--offload", "opt_state=host,fetch=use"], "about parameters in host memory"),
     ],
 )
 def test_bad_input_is_explained(words, said, capsys):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jzero import mesh as meshes
@@ -11,7 +12,7 @@ from jzero import stages
 from jzero._errors import explain, suggest
 from jzero.engine.layout import Options
 from jzero.offload import Offload, Tier, tier
-from jzero.offload.asked import DEVICE, NVME, Place
+from jzero.offload.asked import DEVICE, NVME, USE, Place
 from jzero.pipeline import schedules
 from jzero.pipeline.model import Pipeline
 from jzero.pipeline.schedule import Schedule
@@ -51,6 +52,7 @@ def options(
     mesh = meshes.make_mesh() if mesh is None else mesh
     meshes.check_mesh(mesh)
     table = _schedule(fn, mesh, schedule)
+    _check_fetch(fn, offload, row, table)
     if table is not None and meshes.axis_size(mesh, "expert") > 1:
         found, fix = [f"mesh {meshes.describe(mesh)}"], "Give the axis `expert`'s devices to `data`, or leave `pipe` out."
         raise NotImplementedError(explain(WHO, "a pipeline has no axis 'expert' in this version", found=found, fix=fix))
@@ -90,6 +92,26 @@ def _check_offload(fn: Any, offload: Any, donate: Any) -> None:
         found = [f"{offload} with a step that makes its own update"]
         fix = "Let jzero make the update, so that it can be cut: jzero.make_train_step(loss_fn, optimizer)."
         raise NotImplementedError(explain(WHO, "only a TrainStep's state can be offloaded", found=found, fix=fix))
+
+
+def _check_fetch(fn: Any, offload: Offload | None, stage: stages.Stage, table: Schedule | None) -> None:
+    """Parameters that come at their uses are gathered there, too; and gradients take their place."""
+    if offload is None or offload.fetch != USE:
+        return
+    rests, adds_up = (jnp.dtype(dtype).name for dtype in (fn.policy.param, fn.policy.accumulate))
+    if rests != adds_up:
+        found = [f"{offload}: parameters rest in {rests}, gradients add up in {adds_up}"]
+        fix = "Use precision='bf16' (float32 at rest), or leave fetch= out."
+        problem = "with fetch='use' gradients have the dtype of the parameters that rest in host memory"
+        raise NotImplementedError(explain(WHO, problem, found=found, fix=fix))
+    found = [f"{offload} at stage {stage.number}"]
+    if stage.gather != "use":
+        fix = "Write stage=3, on one device too, or leave fetch= out."
+        raise ValueError(explain(WHO, "only stage 3 wants parameters at their uses", found=found, fix=fix))
+    if table is not None:
+        found = [f"{offload} with {table.num_pipe_stages} pipe stages"]
+        fix = "Leave fetch= out: a pipe stage fetches its shards when a step begins."
+        raise NotImplementedError(explain(WHO, "a pipeline fetches its parameters once a step", found=found, fix=fix))
 
 
 def _saving(remat: Any, offload: Offload | None) -> Any:

@@ -75,11 +75,12 @@ class BucketProgram:
         specs = {layout.on_device[index].spec for index in self.members}
         if len(specs) > 1 or not is_elementwise(self.jaxpr, shape):
             return None
-        return slices.cut(shape, layout.on_device[self.members[0]], size, plan.bucket_bytes)
+        on_tpu = layout.mesh.devices.flat[0].platform == "tpu"
+        return slices.cut(shape, layout.on_device[self.members[0]], size, plan.bucket_bytes, on_tpu=on_tpu)
 
     def _run(self, members: list[Any], grads: list[Any], scales: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
         if self.slices is None:
-            return self._computed(members, grads, scales, shared, early)
+            return self._computed(members, grads if self.bucket.on_host else _here(grads), scales, shared, early)
         # Where the program sees them: for GPUs that are only described the memory kind is dropped, and all is device memory.
         cut, is_away = self.slices, [jax.typeof(one).memory_space == jax.memory.Space.Host for one in members]
         shape, on_host = cut.shape(self.plan.layout.avals[self.members[0]].shape), self.bucket.on_host
@@ -93,7 +94,7 @@ class BucketProgram:
                 new = self._computed(pieces, parts, scales, shared, early, shape, stays, index)
             else:
                 pieces = [_move(one, jax.memory.Space.Device, away) for one, away in zip(pieces, is_away, strict=True)]
-                new = self._computed(pieces, parts, scales, shared, early, shape)
+                new = self._computed(pieces, _here(parts), scales, shared, early, shape)
                 new = [_move(one, jax.memory.Space.Host, away) for one, away in zip(new, is_away, strict=True)]
             every = zip(members, new, stays, strict=True)
             return [piece if stay else cut.put(one, piece, index) for one, piece, stay in every]
@@ -150,7 +151,10 @@ class BucketProgram:
         every = zip((layout.avals[index] for index in self.members), self.shardings, strict=True)
         avals = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf, sharding in every]
         params = self.bucket.params
-        grads = [jax.ShapeDtypeStruct(layout.avals[index].shape, self.plan.accumulate_dtype) for index in params]
+        grads = [
+            jax.ShapeDtypeStruct(layout.avals[index].shape, self.plan.accumulate_dtype, sharding=sharding)
+            for index, sharding in zip(params, self._of_grads(), strict=True)
+        ]
         state = jax.tree.unflatten(layout.treedef, layout.avals)
         shared = [*(layout.avals[index] for index in self.plan.scalars), state.step, state.rng]
         shared.append(jax.ShapeDtypeStruct((), jnp.float32))
@@ -158,16 +162,21 @@ class BucketProgram:
         num_params = len(params)
         own, opt_state = self.shardings[:num_params], self.shardings[num_params:]
         alike = all(layout.avals[index].dtype == self.plan.accumulate_dtype for index in params)
-        alike = alike and not any(sharding.memory_kind == KIND for sharding in own)
+        alike = alike and not any(sharding.memory_kind == KIND for sharding in (*own, *self._of_grads()))
         jitted = jax.jit(
             lambda own, opt_state, grads, *values: self._run([*own, *opt_state], grads, *values),
-            in_shardings=(own, opt_state, [layout.on_device[index] for index in params], whole, whole, whole),
+            in_shardings=(own, opt_state, self._of_grads(), whole, whole, whole),
             donate_argnums=self._donated(options, keeps_params, alike),
             out_shardings=self.shardings, keep_unused=True, compiler_options=compiler.options(options.mesh),
         )  # fmt: skip
         early = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.plan.split.early]
         scales = [jax.ShapeDtypeStruct((), jnp.float32)] * self.plan.num_scales
         return jitted.lower(avals[:num_params], avals[num_params:], grads, scales, shared, early)
+
+    def _of_grads(self) -> list[NamedSharding]:
+        """Where gradients are when the update begins: of parameters that came at their uses, where these rest."""
+        layout, at_use = self.plan.layout, self.plan.at_use
+        return [(layout.shardings if index in at_use else layout.on_device)[index] for index in self.bucket.params]
 
     def _donated(self, options: Options, keeps_params: bool, alike: bool) -> tuple[int, ...]:
         """Parameters are the gradient program's copies, or the state's own; gradients nobody wants any more. Where the state
@@ -182,6 +191,11 @@ class BucketProgram:
         if all((place := places[index]) is not None and place.kind == NVME for index in params):
             return (0, *moments)
         return (*moments, 2) if alike else moments
+
+
+def _here(grads: Sequence[jax.Array]) -> list[jax.Array]:
+    """Gradients that wait in host memory, on the device."""
+    return [_move(grad, jax.memory.Space.Device, jax.typeof(grad).memory_space == jax.memory.Space.Host) for grad in grads]
 
 
 def _move(piece: jax.Array, memory: Any, is_away: bool) -> jax.Array:

@@ -4,7 +4,7 @@ What each stage does with a sharded parameter is all there is to ZeRO, and stand
 is differentiated, and when its gradient is reduced.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,10 +20,11 @@ from jzero._specs import entry_of, names, zero_axes
 from jzero._tree import is_key
 from jzero._types import ALSO_AXES
 from jzero.comm import Auto, Comm, Manual
-from jzero.engine import experts
+from jzero.engine import experts, fetching
 from jzero.engine.layout import Layout, Options, Trace, check_effects, check_same_state
 from jzero.engine.scalars import add_up
 from jzero.gather import Fact, constraints_on, differentiable
+from jzero.gather.away import NOTHING, Away
 from jzero.gather.composed import Parts
 from jzero.gather.facts import Reading, rooted
 from jzero.mesh import axis_size, batch_axes
@@ -31,6 +32,7 @@ from jzero.rules.batch import is_split
 from jzero.step import TrainStep, gradient
 from jzero.step import batch as batches
 from jzero.step import params as parameters
+from jzero.step.gradient import Running
 from jzero.step.normalise import Examples, Normaliser, normaliser
 from jzero.step.train_step import microbatch_shapes
 from jzero.step.update import squares
@@ -48,6 +50,9 @@ class Holding:
     reading: Reading
     reduce_dtype: Any  # as gradients appear
     reduce_once_dtype: Any  # once a step
+    compute_dtype: Any
+    at_use: Mapping[int, tuple[int, ...]]  # parameters that rest away and come at their uses -> the loops that slice them
+    num_micro: int
 
     def at_start(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
         """The working copy: stages 1 and 2 gather it once."""
@@ -59,11 +64,13 @@ class Holding:
     def differentiated(self, leaves: Sequence[jax.Array], held: Sequence[jax.Array]) -> list[jax.Array]:
         """What the gradient is taken of: the working copy, or a stand-in of the shard's shape to reduce into."""
 
-        def chosen(leaf: jax.Array, whole: jax.Array, split: Any) -> jax.Array:
+        def chosen(index: int, leaf: jax.Array, whole: jax.Array, split: Any) -> Any:
+            if index in self.at_use:
+                return Running(leaf, jnp.full(self.at_use[index], NOTHING))
             scattered_early = split and self.reduce == "use" and self.gather == "step"
             return jnp.zeros(leaf.shape, leaf.dtype) if scattered_early else whole
 
-        every = [chosen(*item) for item in zip(leaves, held, self.splits, strict=True)]
+        every = [chosen(*item) for item in zip(range(len(leaves)), leaves, held, self.splits, strict=True)]
         return parameters.select(every, self.mask)
 
     def facts(self) -> tuple[Fact | None, ...]:
@@ -75,20 +82,37 @@ class Holding:
 
         return tuple(fact(*item) for item in zip(range(len(self.splits)), self.splits, self.mask, strict=True))
 
+    def in_its_turn(self, held: Sequence[jax.Array], micro: Any) -> tuple[Sequence[jax.Array], Any]:
+        """Tied together where microbatches follow each other: a gather that depends on none of them may be moved before all of
+        them, and its parameter is whole for the whole step.
+        """
+        if self.gather != "use" or self.num_micro == 1:
+            return held, micro
+        is_shard = [fact is not None and fact.leaf not in self.at_use for fact in self.facts()]
+        shards, micro = jax.lax.optimization_barrier((parameters.select(held, is_shard), micro))
+        return parameters.merge(shards, held, is_shard), micro
+
     def arguments(self, held: Sequence[jax.Array], diff: Sequence[jax.Array]) -> list[Any]:
         """The loss's parameters: whole arrays, or `Parts` where there is a fact."""
         full = parameters.merge(diff, held, self.mask)
-        parts = zip(full, held, self.facts(), self.mask, strict=True)
-        return [value if fact is None else self._parts(value, leaf, trains) for value, leaf, fact, trains in parts]
+        rows = zip(full, held, self.facts(), strict=True)
+        return [value if fact is None else self._parts(fact.leaf, value, leaf) for value, leaf, fact in rows]
 
-    def _parts(self, value: jax.Array, held: jax.Array, trains: bool) -> Parts:
+    def _parts(self, index: int, value: Any, held: jax.Array) -> Parts:
+        trains = self.mask[index]
+        if index in self.at_use:
+            total, squares = value if trains else (None, None)
+            return Parts(away=Away(held, total, squares, self.compute_dtype, self.num_micro > 1, len(self.at_use[index])))
         sink = value if trains else None
-        return Parts(shard=value, sink=sink) if self.gather == "use" else Parts(whole=held, sink=sink)
+        return Parts(shard=held, sink=sink) if self.gather == "use" else Parts(whole=held, sink=sink)
 
     def at_end(self, grads: Sequence[jax.Array], dtype: Any) -> list[jax.Array]:
         """Gradients reduced over ZeRO's axes: those that were not, once."""
         splits = parameters.select(self.splits, self.mask)
-        return [self._reduced_at_end(grad, split).astype(dtype) for grad, split in zip(grads, splits, strict=True)]
+        return [
+            grad if isinstance(grad, Running) else self._reduced_at_end(grad, split).astype(dtype)
+            for grad, split in zip(grads, splits, strict=True)
+        ]
 
     def _reduced_at_end(self, grad: jax.Array, split: Any) -> jax.Array:
         return self.comm.reduce(grad, split, self.reduce_once_dtype) if split and self.reduce == "step" else grad
@@ -109,6 +133,17 @@ def build(step: TrainStep, layout: Layout, options: Options, traces: list[Trace]
     return sharded
 
 
+def at_use(step: TrainStep, layout: Layout, options: Options, batch: Any) -> frozenset[int]:
+    """The numbers of the parameters that come at their uses, found without making a program."""
+    found: list[frozenset[int]] = []
+
+    def look(state: Any, batch: Any) -> None:
+        found.append(Gradients(step, layout, options, state, batch).trace.at_use)
+
+    jax.eval_shape(look, jax.tree.unflatten(layout.treedef, layout.avals), batch)
+    return found[0]
+
+
 class Gradients:
     """One traced step: from the state and the batch to summed gradients, shard by shard or under their global meaning."""
 
@@ -118,21 +153,43 @@ class Gradients:
         self.batch_axes = batch_axes(self.mesh)
         self.manual_axes: tuple[str, ...] = self.batch_axes
         self.num_shards = axis_size(self.mesh, self.batch_axes)
-        compute = precisions.cast(layout.fetched(state).params, step.policy.compute)
-        self.leaves, self.treedef = jax.tree.flatten(compute)
+        compute = jax.eval_shape(lambda params: precisions.cast(params, step.policy.compute), state.params)
+        avals, self.treedef = jax.tree.flatten(compute)
+        self.avals = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in avals]
         self.mask = parameters.trainable_mask(state.params, step.trainable)
         self.key = step.step_key(state)
         self.examples = self._examine()
-        self.whole = experts.used_whole(self.examples.program, layout, len(self.leaves), self.mesh, self.batch_axes)
+        self.whole = experts.used_whole(self.examples.program, layout, len(self.avals), self.mesh, self.batch_axes)
         can_be_local = step.reduction == "local" or (step.reduction == "auto" and self.examples.kind != "mixed")
         self.manual = can_be_local and not self.whole
-        self.trace = Trace(self.manual, self._findings())
+        self.at_use, told = self._coming()
+        here = jax.tree.leaves(layout.fetched(state, leaving=self.at_use).params)
+        self.leaves = [
+            leaf if index in self.at_use else precisions.cast(leaf, step.policy.compute) for index, leaf in enumerate(here)
+        ]
+        self.trace = Trace(self.manual, [*self._findings(), *told], at_use=frozenset(self.at_use))
 
     def _examine(self) -> Examples:
         shards = self.num_shards if self.step.reduction != "global" else 1
         num_parts = self.step.accumulate * shards
         micro = microbatch_shapes(self.batch, num_parts)
-        return self.step.examples(self._params(self.leaves), micro, self.key, self.state.model_state, num_parts=num_parts)
+        return self.step.examples(self._params(self.avals), micro, self.key, self.state.model_state, num_parts=num_parts)
+
+    @property
+    def by_shard(self) -> bool:
+        """Whether each shard computes its own sums; a single shard is the whole batch."""
+        return self.manual and self.num_shards > 1
+
+    def _coming(self) -> tuple[dict[int, tuple[int, ...]], list[str]]:
+        """Which parameters come at their uses, with the loops that slice them, and what to tell of it."""
+        if not fetching.is_asked(self.options):
+            return {}, []
+        comm = self._by_hand() if self.by_shard else self._auto()
+        micro = microbatch_shapes(self.batch, self.step.accumulate)
+        program = self.step.trace(self._params(self.avals), micro, self.key, self.state.model_state)
+        reading = self._holding(comm, {}).reading
+        is_apart = lambda index: self.by_shard and bool(self._missing(self.layout.split(index)))
+        return fetching.at_use(self.layout, self.options, self.mask, reading, program.jaxpr, is_apart)
 
     def _findings(self) -> list[str]:
         """What the analysis of the loss found, and what is done about it."""
@@ -149,17 +206,17 @@ class Gradients:
     def _params(self, leaves: Sequence[Any]) -> Any:
         return jax.tree.unflatten(self.treedef, leaves)
 
-    def _splits(self, comm: Comm) -> tuple[Any, ...]:
+    def _splits(self, comm: Comm, at_use: Collection[int] = ()) -> tuple[Any, ...]:
         """Per parameter: its spec where ZeRO splits it. Where ZeRO's axes are manual, a dim over them and more is over them."""
 
         def split(index: int) -> Any:
             entries = self.layout.split(index)
             is_zero = any(zero_axes(entry) or set(ALSO_AXES) & set(names(entry)) for entry in entries)
-            if not is_zero or self.options.stage.gather == "never":
+            if index not in at_use and (not is_zero or self.options.stage.gather == "never"):
                 return None
             return tuple(map(self._by_hand_or_elsewhere, entries)) if comm.is_local else entries
 
-        return tuple(split(index) for index in range(len(self.leaves)))  # params come first in a TrainState
+        return tuple(split(index) for index in range(len(self.avals)))  # params come first in a TrainState
 
     def _by_hand_or_elsewhere(self, entry: Any) -> Any:
         """ZeRO's manual axes, alone or before its others; else how the partitioner splits what is left."""
@@ -176,24 +233,33 @@ class Gradients:
 
     def _seen_whole(self, index: int, comm: Comm) -> jax.ShapeDtypeStruct:
         """A parameter as the loss sees it: whole, but in one shard's program without the experts that live elsewhere."""
-        leaf = self.leaves[index]
+        leaf = self.avals[index]
         if not comm.is_local:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         counts = (axis_size(self.mesh, experts.apart(entry, self.batch_axes)) for entry in self.layout.split(index))
         shape = tuple(size // count for size, count in zip(leaf.shape, counts, strict=True))
         return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
-    def _holding(self, comm: Comm) -> Holding:
+    def _holding(self, comm: Comm, at_use: Mapping[int, tuple[int, ...]]) -> Holding:
         stage, policy = self.options.stage, self.step.policy
         reading = Reading(False, dict(self.mesh.shape), frozenset(self.batch_axes) if comm.is_local else None)
         return Holding(
-            stage.gather, stage.reduce, self._splits(comm), self.mask, comm, reading, policy.reduce, policy.reduce_once
+            stage.gather,
+            stage.reduce,
+            self._splits(comm, at_use),
+            self.mask,
+            comm,
+            reading,
+            policy.reduce,
+            policy.reduce_once,
+            policy.compute,
+            at_use,
+            self.step.accumulate,
         )
 
     def finish(self) -> tuple[Any, Any]:
         """Summed gradients, then the update under Auto axes."""
-        by_shard = self.manual and self.num_shards > 1  # a single shard is the whole batch
-        sums, leaf_squares, weight, program = self._by_shard() if by_shard else self._globally()
+        sums, leaf_squares, weight, program = self._by_shard() if self.by_shard else self._globally()
         scale = self.state.loss_scale.scale
         factor = weight.gradient_factor(sums.weight, scale)
         total = weight.total(sums.weight)
@@ -204,9 +270,9 @@ class Gradients:
         num_shards: int,
     ) -> tuple[gradient.Sums, Normaliser, gradient.LossProgram]:  # fmt: skip
         """The gradient of a batch or of one shard of it, with parameters held as the stage says."""
-        step, holding = self.step, self._holding(comm)
+        step, holding = self.step, self._holding(comm, self.at_use)
         micro = microbatch_shapes(batch, step.accumulate)
-        whole = [self._seen_whole(index, comm) for index in range(len(self.leaves))]
+        whole = [self._seen_whole(index, comm) for index in range(len(self.avals))]
         program = step.trace(self._params(whole), micro, rngs(0), model_state)
         check_effects(program.jaxpr, self.options)
         weight = normaliser(
@@ -219,7 +285,8 @@ class Gradients:
         self.trace.jaxpr, self.trace.facts, self.trace.reading = program.jaxpr, facts, holding.reading
 
         def run_loss(diff: Sequence[Any], micro: Any, rng: Any, model_state: Any) -> Any:
-            flat = gradient.arguments(holding.arguments(held, diff), micro, rng, model_state)
+            here, micro = holding.in_its_turn(held, micro)
+            flat = gradient.arguments(holding.arguments(here, diff), micro, rng, model_state)
             out = differentiable(
                 program.jaxpr, facts, flat, reading=holding.reading, comm=comm, reduce_dtype=holding.reduce_dtype
             )
@@ -238,15 +305,17 @@ class Gradients:
         """Every value is the whole batch's: exact for any loss, at the cost of a reduction in every microbatch."""
         rngs = partial(self.step.microbatch_key, self.key, shard=0)
         scale = self.state.loss_scale.scale
-        comm = Auto(self.mesh, also=ALSO_AXES)
         with _compat.mesh_shown(self.mesh):
-            sums, weight, program = self._sums(self.leaves, self.batch, self.state.model_state, rngs, scale, comm, 1)
-        return sums, squares(sums.grads), weight, program
+            sums, weight, program = self._sums(self.leaves, self.batch, self.state.model_state, rngs, scale, self._auto(), 1)
+        return sums._replace(grads=_left(sums.grads)), squares(sums.grads), weight, program
+
+    def _auto(self) -> Auto:
+        return Auto(self.mesh, also=ALSO_AXES)
 
     def _by_shard(self) -> tuple[gradient.Sums, jax.Array, Normaliser, gradient.LossProgram]:
         """Every shard computes its own examples' sums, with the batch axes manual; then they are added up."""
         comm, traced = self._by_hand(), []
-        splits = self._splits(comm)
+        splits = self._splits(comm, self.at_use)
         specs = [PartitionSpec(*self._over_batch_axes(index)) for index in range(len(splits))]
         whole, by_row = PartitionSpec(), PartitionSpec(self.batch_axes)
 
@@ -258,7 +327,9 @@ class Gradients:
             return self._added_up(sums, parameters.select(specs, self.mask)), weight.before
 
         batch_specs = jax.tree.map(lambda leaf: by_row if is_split(leaf) else whole, self.batch)
-        grads_specs = parameters.select(specs, self.mask)
+        grads_specs = [
+            Running(spec, None) if index in self.at_use else spec for index, spec in enumerate(specs) if self.mask[index]
+        ]
         sums_specs: Any = gradient.Sums(*_any(grads_specs, whole, whole, gradient.AuxParts(*_any(whole, whole, by_row)), whole))
         run = jax.shard_map(
             local, mesh=self.mesh, in_specs=(specs, batch_specs, whole, whole, whole, by_row),
@@ -270,14 +341,17 @@ class Gradients:
 
     def _added_up(self, sums: gradient.Sums, specs: Sequence[Any]) -> tuple[gradient.Sums, jax.Array]:
         """What shards still hold apart, in two collectives: leaves over the axes that split them not, then all scalars."""
-        grads = [self._across(grad, self._missing(spec)) for grad, spec in zip(sums.grads, specs, strict=True)]
+        grads = [
+            grad if isinstance(grad, Running) else self._across(grad, self._missing(spec))
+            for grad, spec in zip(sums.grads, specs, strict=True)
+        ]
         copies = jnp.array([axis_size(self.mesh, self._missing(spec)) for spec in specs], jnp.float32)
         parts = (sums.loss, sums.weight, sums.aux.averaged, sums.aux.summed, squares(grads) / copies)
         self.trace.num_scalars = sum(leaf.size for leaf in jax.tree.leaves(parts))
         loss, weight, averaged, summed, leaf_squares = add_up(parts, self.batch_axes)
         aux = sums.aux._replace(averaged=averaged, summed=summed)
         model_state = sums.model_state if self.examples.kind != "mixed" else self._averaged(sums.model_state)
-        return gradient.Sums(grads, loss, weight, aux, model_state), leaf_squares
+        return gradient.Sums(_left(grads), loss, weight, aux, model_state), leaf_squares
 
     def _missing(self, spec: Any) -> tuple[str, ...]:
         """The batch axes over which a gradient with this spec is still to be added up: those whose shards hold all of it."""
@@ -300,6 +374,11 @@ class Gradients:
             return jax.lax.pmean(leaf, self.batch_axes) if is_real else leaf
 
         return jax.tree.map(mean, model_state)
+
+
+def _left(grads: Sequence[Any]) -> list[Any]:
+    """Gradients whose squares have been added up."""
+    return [grad._replace(squares=None) if isinstance(grad, Running) else grad for grad in grads]
 
 
 def _any(*specs: Any) -> tuple[Any, ...]:

@@ -44,26 +44,33 @@ class Load(NamedTuple):
     beside: int  # rests on the device: to the host and back, where that computes
     grads: int
     in_turns: bool = False  # slices that come and go inside one program, one way at a time
+    grads_there: int = 0  # of `grads`, what is in host memory already
 
     def seconds_on_device(self, link: float) -> float:
         """One way is waited for where the next bucket comes while the last one goes."""
-        return (2 if self.in_turns else 1) * self.moved / link
+        return ((2 if self.in_turns else 1) * self.moved + self.grads_there) / link
 
     def seconds_on_host(self, link: float, rate: float) -> float:
         """Gradients and what rests on the device over the link; old leaves and gradients are read, new leaves written."""
-        return (self.grads + 2 * self.beside) / link + (2 * (self.moved + self.beside) + self.grads) / rate
+        leaving = self.grads - self.grads_there
+        return (leaving + 2 * self.beside) / link + (2 * (self.moved + self.beside) + self.grads) / rate
 
     @property
     def held(self) -> int:
         """A bucket's bytes, where the host computes: of what rests there, or what is on the device on its way (gradients,
         parameters as they leave and as they come back), which is in temporaries.
         """
-        return max(self.moved, self.grads + 2 * self.beside)
+        return max(self.moved, self.grads - self.grads_there + 2 * self.beside)
 
     @property
     def out(self) -> int:
         """From the device, where the host computes. What comes back is `beside`."""
-        return self.grads + self.beside
+        return self.grads - self.grads_there + self.beside
+
+    @property
+    def into(self) -> int:
+        """To the device, where that computes. What goes back is `moved`."""
+        return self.moved + self.grads_there
 
 
 def load_of(plan: Any, group: Bucket) -> Load:
@@ -72,10 +79,11 @@ def load_of(plan: Any, group: Bucket) -> Load:
     size = lambda index: bytes_on_one_device(layout.placements[index].leaf, layout.on_device[index])
     members = (*group.params, *group.opt_state)
     moved, still = ([index for index in members if (layout.places[index] is None) == yes] for yes in (False, True))
-    grads = [jax.ShapeDtypeStruct(layout.on_device[index].shard_shape(layout.avals[index].shape), plan.accumulate_dtype)
-             for index in group.params]  # fmt: skip
+    shard = lambda index: layout.on_device[index].shard_shape(layout.avals[index].shape)
+    grads = {index: num_bytes(jax.ShapeDtypeStruct(shard(index), plan.accumulate_dtype)) for index in group.params}
+    there = sum(grads[index] for index in group.params if index in plan.at_use)
     in_turns = group.moved_bytes > plan.bucket_bytes and {layout.places[index].kind for index in moved} == {HOST}
-    return Load(sum(map(size, moved)), sum(map(size, still)), sum(map(num_bytes, grads)), in_turns)
+    return Load(sum(map(size, moved)), sum(map(size, still)), sum(grads.values()), in_turns, there)
 
 
 def reasons(plan: Any, groups: Sequence[Bucket], asked: str) -> list[str | None]:

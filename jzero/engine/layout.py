@@ -1,6 +1,6 @@
 """Where a step's state lives: every leaf's role, spec and sharding, decided once from shapes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -78,6 +78,12 @@ class Layout:
         """The shardings as a pytree like the state."""
         return jax.tree.unflatten(self.treedef, self.shardings)
 
+    @property
+    def typed(self) -> list[jax.ShapeDtypeStruct]:
+        """The leaves with their shardings: a program that is traced with them knows which are in host memory."""
+        rows = zip(self.avals, self.shardings, strict=True)
+        return [jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding) for aval, sharding in rows]
+
     def only(self, chosen: Sequence[int]) -> "Layout":
         """The layout of a list of some of the leaves."""
         pick = lambda values: tuple(values[index] for index in chosen)
@@ -102,12 +108,16 @@ class Layout:
         places = [None if index in self.in_files else place for index, place in enumerate(self.places)]
         return replace(self, avals=tuple(avals), places=tuple(places))
 
-    def fetched(self, state: Any) -> Any:
-        """Inside a program: its leaves that rest in host memory, copied to the device where something reads them."""
-        leaves = jax.tree.leaves(state)
+    def fetched(self, state: Any, *, leaving: Collection[int] = ()) -> Any:
+        """Inside a program: its leaves that rest in host memory on the device, but those whose numbers are `leaving`.
+
+        A copy happens whether or not something reads it.
+        """
         moved = [
-            leaf if place is None else jax.device_put(leaf, sharding)
-            for leaf, sharding, place in zip(leaves, self.on_device, self.places, strict=True)
+            leaf if place is None or index in leaving else jax.device_put(leaf, sharding)
+            for index, (leaf, sharding, place) in enumerate(
+                zip(jax.tree.leaves(state), self.on_device, self.places, strict=True)
+            )
         ]
         return jax.tree.unflatten(self.treedef, moved)
 
@@ -138,6 +148,7 @@ class Trace:
     pipeline: dict[str, Any] = field(default_factory=dict)  # what a pipeline costs, for the report
     formula: traffic.Table | None = None  # its wire bytes
     kept: int = 0  # leaves of the state, the first, that the program reads and does not give back
+    at_use: frozenset[int] = frozenset()  # parameters that come from host memory at their uses, and whose gradients leave
     choices: Any = ()  # of implementations of operations, with reasons (`pallas_kernels.Choice`)
 
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jzero import _compat
-from jzero.engine import computing, resting
+from jzero._errors import explain
+from jzero.engine import computing, fetching, resting
 from jzero.engine.computing import Computed
 from jzero.engine.layout import Layout, Options
 from jzero.offload import buckets as packing
@@ -25,6 +26,7 @@ from jzero.offload.places import bytes_on_one_device, can_go
 from jzero.offload.split import Input, Split
 from jzero.step import TrainState, TrainStep, gradient, update
 from jzero.step import params as parameters
+from jzero.step.gradient import Running
 
 
 class Carried(NamedTuple):
@@ -50,6 +52,7 @@ class Update:
     num_scales: int
     compute_dtype: Any = None
     computed: Computed = field(default_factory=Computed)
+    at_use: frozenset[int] = frozenset()  # numbers of the parameters whose gradients are in host memory
     late: frozenset[int] = frozenset()  # numbers of small leaves of the optimizer's that need its arrays: they go with a bucket
 
     @cached_property
@@ -114,12 +117,16 @@ def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
     state = jax.tree.unflatten(layout.treedef, layout.avals)
     mask = parameters.trainable_mask(state.params, step.trainable)
     num_scales, policy = 1 + (step.clip_norm is not None), step.policy
-    bare = Update(layout, mask, None, [], 0, policy.accumulate, num_scales, policy.compute)  # pyrefly: ignore[bad-argument-type]
+    bare = Update(
+        layout, mask, None, [], 0, policy.accumulate, num_scales, policy.compute,  # pyrefly: ignore[bad-argument-type]
+        at_use=frozenset(fetching.candidates(layout, options)),  # until a batch's shape is known
+    )  # fmt: skip
     found = splitting.split(*_traced(step, bare), num_scalars=len(bare.scalars))
     while found.late:  # scales of 8-bit moments, say
         bare = replace(bare, late=bare.late | {bare.scalars[at] for at in found.late})
         found = splitting.split(*_traced(step, bare), num_scalars=len(bare.scalars))
     groups, plan, asked = _groups(bare, found), replace(bare, split=found), options.offload.update
+    _check_nothing_waits(plan)
     reasons = computing.reasons(plan, groups, asked)  # may be an error, so before anything is measured
     size = resting.bucket_bytes(layout, options)
     plan = replace(plan, bucket_bytes=size)
@@ -205,12 +212,28 @@ class GradientStep(TrainStep):
         after = TrainState(state.params, scalars, state.step + 1, state.rng, state.loss_scale, sums.model_state)
         after, metrics = update.conclude(state, after, verdict, leaf_squares, loss, weight, found["aux"], mask, self.policy)
         placed = [
-            jax.lax.with_sharding_constraint(grad, plan.layout.on_device[index])
+            grad.total if isinstance(grad, Running) else jax.lax.with_sharding_constraint(grad, plan.layout.on_device[index])
             for grad, index in zip(sums.grads, plan.trained, strict=True)
         ]
         whole = NamedSharding(plan.layout.mesh, PartitionSpec())
         rest = jax.lax.with_sharding_constraint((scales, verdict.proceed, shared, early), whole)
         return after, (metrics, Carried(placed, *rest))
+
+
+def _check_nothing_waits(plan: Update) -> None:
+    """Gradients that leave as they appear are not there when an update asks for all gradients."""
+    num_params, num_arrays, num_scalars = plan.num_outputs
+    _, used = plan.split.first([*[False] * (num_params + num_arrays), *[True] * num_scalars])
+    after_params = len(plan.split.consts) + num_params
+    wanted = used[after_params : after_params + num_params]
+    missing = [at for at, index in enumerate(plan.trained) if wanted[at] and index in plan.at_use]
+    if not missing:
+        return
+    found = [plan.layout.placements[plan.trained[at]].leaf.path for at in missing[:10]]
+    context = f"gradients of {len(missing)} parameters are in host memory when the optimizer wants to look at all of them"
+    fix = "Clip by jzero.make_train_step(clip_norm=), not inside the optimizer; or leave fetch= out."
+    problem = "with fetch='use' no update may wait for all gradients"
+    raise NotImplementedError(explain("jzero.Offload", problem, found=found, context=context, fix=fix))
 
 
 def gradient_step(step: TrainStep, plan: Update) -> GradientStep:

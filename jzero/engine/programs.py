@@ -12,7 +12,7 @@ from jzero import remat as remats
 from jzero import watch
 from jzero._errors import explain
 from jzero._tree import short
-from jzero.engine import achieved, compiler, composed, leaves, opaque, pipelined
+from jzero.engine import achieved, compiler, composed, fetching, leaves, opaque, pipelined
 from jzero.engine.asked import WHO
 from jzero.engine.layout import Layout, Options, Trace, batch_shardings
 from jzero.engine.statics import Statics, split_statics
@@ -62,11 +62,12 @@ class Program:
 
 def lower(
     fn: Callable[..., Any], options: Options, placed: Layout, statics: Statics, batch: tuple[Any, ...], *,
-    keeps_params: bool = False,
+    keeps_params: bool = False, aux_shardings: Any = None,
 ) -> tuple[jax.stages.Lowered, Trace]:  # fmt: skip
     """The step by the engine that is its own, lowered for one layout and batch shape.
 
     `keeps_params`: the state that comes in stays valid, and the one that goes out has no parameters (a gradient program).
+    `aux_shardings`: of what comes out beside the state, a prefix; None is for the compiler to say.
     """
     traces: list[Trace] = []
     if options.schedule is not None:
@@ -87,11 +88,11 @@ def lower(
     donate = (0,) if options.donate and not keeps_params else ()
     tree = placed.tree._replace(params=None) if keeps_params else placed.tree
     jitted = jax.jit(
-        step, in_shardings=in_shardings, out_shardings=(tree, None), donate_argnums=donate,
+        step, in_shardings=in_shardings, out_shardings=(tree, aux_shardings), donate_argnums=donate,
         keep_unused=True,  # a state leaf that the step ignores is still state: placed, donated and reported
         compiler_options=compiler.options(options.mesh),
     )  # fmt: skip
-    abstract = jax.tree.unflatten(placed.treedef, placed.avals)
+    abstract = jax.tree.unflatten(placed.treedef, placed.typed if fetching.is_asked(options) else placed.avals)
     with (
         pallas_kernels.target(options.mesh.devices.flat[0].device_kind, options.mesh.size),
         pallas_kernels.recording() as choices,

@@ -1,6 +1,6 @@
 """States whose leaves do not all rest on the device: made, copied and checked a bucket at a time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ from jzero.engine import compiler, leaves
 from jzero.engine.layout import Layout, Options
 from jzero.offload import Tier
 from jzero.offload import buckets as packing
-from jzero.offload.asked import NVME, Place
+from jzero.offload.asked import HOST, NVME, Place
 from jzero.offload.places import bytes_on_one_device
 from jzero.step import TrainStep
 from jzero.step import params as parameters
@@ -17,8 +17,8 @@ from jzero.step import params as parameters
 LEAST_FILE_BYTES = 2**22  # of a bucket in files: less would not keep a drive busy
 
 
-def check(layout: Layout, tiers: Mapping[Place, Tier], fn: TrainStep) -> None:
-    """Every tier can hold what is to rest there."""
+def check(layout: Layout, tiers: Mapping[Place, Tier], fn: TrainStep, leaving: Collection[int] = ()) -> None:
+    """Every tier can hold what is to rest there, and host memory the gradients that leave for it: of the leaves `leaving`."""
     still = frozen(layout, fn)
     rows = list(zip(layout.placements, layout.avals, layout.on_device, layout.places, strict=True))
     for place, tier in tiers.items():
@@ -27,6 +27,12 @@ def check(layout: Layout, tiers: Mapping[Place, Tier], fn: TrainStep) -> None:
             for placement, aval, sharding, where in rows
             if where == place
         ]
+        if place.kind == HOST:
+            shape = lambda index: jax.ShapeDtypeStruct(layout.avals[index].shape, fn.policy.accumulate)
+            for index in leaving:
+                path, sharding = layout.placements[index].leaf.path, layout.on_device[index]
+                grad = f"the gradient of {path}", shape(index).update(sharding=sharding)
+                members += [] if path in still else [grad] * min(fn.accumulate, 2)  # a sum is made beside the last one
         tier.check(members, still)
 
 

@@ -7,15 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jzero import audit
+from jzero import audit, traffic
 from jzero._tree import num_bytes
-from jzero.engine import computing, offloaded, programs, reporting
+from jzero.engine import composed, computing, fetching, offloaded, programs, reporting
 from jzero.engine.bringing import Bringing
 from jzero.engine.by_slices import SlicedProgram
 from jzero.engine.layout import Layout, Options, Trace
 from jzero.engine.offloaded import Carried, Update
-from jzero.engine.programs import Program
+from jzero.engine.programs import Program, with_statics
 from jzero.engine.statics import Statics
+from jzero.gather.facts import kept_use
 from jzero.offload.asked import DEVICE, HOST, NVME
 from jzero.offload.stream import Leaves, Stream
 from jzero.report import Report
@@ -29,10 +30,10 @@ class StreamedProgram(Program):
         self, fn: TrainStep, plan: Update, options: Options, placed: Layout, statics: Statics, batch: tuple[Any, ...]
     ):  # fmt: skip
         self.keeps = keeps(options)
-        lowered, trace = lower(fn, plan, options, statics, batch)
+        lowered, trace, plan = lower(fn, plan, options, statics, batch)
         super().__init__(placed, statics, lowered, trace)
         self.own_layout, self.plan, self.options = plan.rest_layout, plan, options
-        self.skips = fn.skip_nonfinite
+        self.skips, self.accumulate = fn.skip_nonfinite, fn.accumulate
         self.buckets = [SlicedProgram(plan, bucket, options, keeps_params=self.keeps) for bucket in plan.buckets]
         self.rounds = [(program, number) for program in self.buckets for number in range(program.num_rounds)]
         self.bringing = Bringing(placed, options, plan.compute_dtype, plan.bucket_bytes)
@@ -117,10 +118,20 @@ def keeps(options: Options) -> bool:
     return any(one.can_fail for one in options.tiers.values())
 
 
-def lower(fn: TrainStep, plan: Update, options: Options, statics: Statics, batch: tuple[Any, ...]) -> tuple[Any, Trace]:
-    """The gradient program, lowered."""
+def lower(
+    fn: TrainStep, plan: Update, options: Options, statics: Statics, batch: tuple[Any, ...]
+) -> tuple[Any, Trace, Update]:  # fmt: skip
+    """The gradient program, lowered; and the update as that program leaves it to do."""
+    if fetching.is_asked(options):
+        plan = replace(plan, at_use=composed.at_use(with_statics(fn, options, statics), plan.rest_layout, options, batch))
     step = offloaded.gradient_step(fn, plan)
-    return programs.lower(step, options, plan.rest_layout, statics, batch, keeps_params=keeps(options))
+    away = [plan.layout.shardings[index] if index in plan.at_use else None for index in plan.trained]
+    carried: Any = Carried(away, *(None,) * 4)  # pyrefly: ignore[bad-argument-type]
+    aux_shardings = (None, carried) if plan.at_use else None  # without it a compiler forgets their memory
+    lowered, trace = programs.lower(
+        step, options, plan.rest_layout, statics, batch, keeps_params=keeps(options), aux_shardings=aux_shardings
+    )
+    return lowered, trace, plan
 
 
 def _let_go(old: list[Any], new: dict[int, Any]) -> None:
@@ -151,7 +162,7 @@ def report(program: StreamedProgram, found: Report) -> Report:
                 figure["measured"] += audit.shard_bytes(layout.avals[index], sharding)
                 spec = layout.placements[index].spec
                 figure["formula"] += num_bytes(layout.avals[index]) // reporting.num_pieces(spec, program.options)
-    buckets = [_figures(bucket) for bucket in program.buckets]
+    buckets, fetched, left = [_figures(bucket) for bucket in program.buckets], *_at_use(program)
     grads = sum(row["grad_bytes"] for row in buckets)
     pairs = [sum(row["held_bytes"] for row in buckets[at : at + 2]) for at in range(len(buckets))]
     first = bringing.brought_bytes + found.temp_bytes + grads + (pairs[0] if pairs else 0)
@@ -171,6 +182,9 @@ def report(program: StreamedProgram, found: Report) -> Report:
         "brought_bytes": bringing.read_bytes,
         "brought_in": len(bringing.groups),
         "held_bytes": sum(map(shard, plan.held)),
+        "fetched_bytes": fetched,  # by the gradient program, of parameters that come at their uses; and their gradients
+        "left_bytes": left,
+        "grads_in_host_bytes": sum(row["grads_in_host_bytes"] for row in buckets),
         "back_bytes": sum(row["back_bytes"] for row in buckets),
         "gradient_temp_bytes": found.temp_bytes,
         "grad_bytes": grads,
@@ -184,6 +198,23 @@ def report(program: StreamedProgram, found: Report) -> Report:
         findings=[*found.findings, *_kept(program, sum(map(shard, beside))), *told],
         num_compiled=found.num_compiled + len(program.buckets) + bringing.num_programs,
     )  # fmt: skip
+
+
+def _at_use(program: StreamedProgram) -> tuple[int, int]:
+    """Bytes per device that come to the gradient program of a step, and that leave it: parameters for the forward and again for
+    the backward pass, but for a use that keeps them; gradients, and where several microbatches are added up their sums so far.
+    """
+    plan, trace = program.plan, program.trace
+    if not plan.at_use:
+        return 0, 0
+    uses = list(trace.reading.uses(trace.jaxpr, trace.facts))
+    kept, layout = kept_use(uses), plan.layout
+    size = {index: audit.shard_bytes(layout.avals[index], layout.on_device[index]) for index in plan.at_use}
+    trained = sum(size[index] for index in plan.at_use if plan.mask[index])
+    times = {use.leaf: 1 if use is kept else traffic.num_gathers(use) for use in uses if use.leaf in size}
+    fetched = sum(size[index] * times[index] for index in size)
+    sums = trained if program.accumulate > 1 else 0
+    return program.accumulate * (fetched + sums), program.accumulate * trained
 
 
 def _kept(program: StreamedProgram, num_bytes: int) -> list[str]:
@@ -209,19 +240,18 @@ def _figures(one: SlicedProgram) -> dict[str, Any]:
     """One update program: bytes per device."""
     memory, layout = one.compiled.memory_analysis(), one.plan.layout
     beyond = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    shape = lambda index: jax.ShapeDtypeStruct(layout.avals[index].shape, one.plan.accumulate_dtype)
-    grads = [audit.shard_bytes(shape(index), layout.on_device[index]) for index in one.bucket.params]
     already = [index for index in one.bucket.params if index in one.plan.held]
     held = sum(audit.shard_bytes(layout.avals[index], layout.on_device[index]) for index in already)
     load = computing.load_of(one.plan, one.bucket)
     return {
         "leaves": len(one.members),
         "update": HOST if one.bucket.on_host else DEVICE,
-        "moved_bytes": load.out if one.bucket.on_host else load.moved,  # to the device, or to the host: the longer way
+        "moved_bytes": load.out if one.bucket.on_host else load.into,  # to the device, or to the host: the longer way
         "back_bytes": load.beside if one.bucket.on_host else load.moved,
         # Of slices: in temp_bytes.
         "held_bytes": 0 if one.slices or one.bucket.on_host else one.held_bytes - held // one.num_rounds,
         "slices": one.slices.num if one.slices else one.num_rounds,
-        "grad_bytes": sum(grads),
+        "grad_bytes": load.grads - load.grads_there,
+        "grads_in_host_bytes": load.grads_there,
         "temp_bytes": int(memory.temp_size_in_bytes) + max(int(beyond), 0),
     }

@@ -17,18 +17,24 @@ import jax.numpy as jnp
 
 from jzero import _compat
 from jzero.comm import Comm
+from jzero.gather.away import Away, Space
 from jzero.gather.facts import CUSTOM_DERIVATIVES, Fact, Facts, Reading, Use, kept_use
 from jzero.gather.rewrite import Level, Tracked, run
 from jzero.gather.views import on_a_shard
 
 
 class Parts(NamedTuple):
-    """A tracked parameter's value (`shard` or `whole`) and where its gradient goes (`sink` or `virtual`)."""
+    """A tracked parameter's value (`shard` or `whole`) and where its gradient goes (`sink` or `virtual`); or both, `away`."""
 
     shard: Any = None
     whole: Any = None
     sink: Any = None
     virtual: Any = None
+    away: Away | None = None
+
+    @property
+    def trains(self) -> bool:
+        return self.sink is not None or (self.away is not None and self.away.total is not None)
 
 
 class Differentiable:
@@ -39,13 +45,15 @@ class Differentiable:
 
     def view(self, eqn: Any, tracked: Tracked, rest: Sequence[Any], leaving: Facts) -> list[Tracked]:
         (fact,) = {fact for fact in leaving if fact is not None}
+        if tracked.parts.away is not None:
+            return [Tracked(fact, Parts(away=tracked.parts.away.seen(eqn, tracked.fact.split)))]
         counts = tuple(map(self.reading.num_shards, fact.split)) if self.comm.is_local else (1,) * len(fact.split)
         local = on_a_shard(eqn, counts)
 
         def seen(part: Any, changed: dict[str, Any]) -> list[Any]:
             return [None] * len(leaving) if part is None else _compat.bind(eqn, [part, *rest], **changed)
 
-        shard, whole, sink, virtual = tracked.parts
+        shard, whole, sink, virtual, _ = tracked.parts
         parts = zip(seen(shard, local), seen(whole, {}), seen(sink, local), seen(virtual, {}), strict=True)
         return [Tracked(fact, Parts(*part)) for part in parts]
 
@@ -68,7 +76,8 @@ class Differentiable:
             parts = _reduced_first(parts)
         if level.in_remat or not gathers or eqn.effects or kept:
             return apply(*parts)
-        return jax.checkpoint(apply, prevent_cse=level.depth == 0)(*parts)
+        comes = any(isinstance(value, Tracked) and value.parts.away is not None for value in values)
+        return jax.checkpoint(apply, prevent_cse=level.depth == 0 or comes)(*parts)
 
     def _inside_the_loop(self, parts: Sequence[Any], values: Sequence[Any], level: Level) -> Sequence[Any]:
         """Shards that are the same in every iteration, tied to the use's other operands so that their gathers stay in the loop:
@@ -91,6 +100,8 @@ class Differentiable:
         return self._whole(tracked.parts, tracked.fact)
 
     def _whole(self, parts: Parts, fact: Fact) -> jax.Array:
+        if parts.away is not None:
+            return parts.away.arrived(fact.split, self.comm, self.reduce_dtype)
         value = parts.whole if parts.whole is not None else self.comm.gather(jax.lax.stop_gradient(parts.shard), fact.split)
         if parts.virtual is not None:
             return _into_virtual(value, parts.virtual)
@@ -133,10 +144,11 @@ def _reduced_first(parts: Sequence[Any]) -> Sequence[Any]:
     earlier, which else runs beside the whole of it. For heads with a derivative of their own, which are there for memory's
     sake; a plain head's reduction hides behind the layers' backward pass.
     """
-    if not any(isinstance(part, Parts) and part.sink is not None for part in parts):
+    if not any(isinstance(part, Parts) and part.trains for part in parts):
         return parts
     leaves, treedef = jax.tree.flatten(parts)
-    takes_part = [hasattr(leaf, "aval") and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    is_here = lambda leaf: hasattr(leaf, "aval") and jax.typeof(leaf).memory_space != Space.Host  # of others, the squares
+    takes_part = [is_here(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
     tied = iter(_backward_together(*(leaf for leaf, takes in zip(leaves, takes_part, strict=True) if takes)))
     return treedef.unflatten([next(tied) if takes else leaf for leaf, takes in zip(leaves, takes_part, strict=True)])
 

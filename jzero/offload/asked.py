@@ -10,6 +10,7 @@ WHO = "jzero.Offload"
 HOST, NVME = KINDS = ("host", "nvme")
 DEVICE, AUTO = "device", "auto"
 UPDATES = (DEVICE, HOST, AUTO)
+FETCHES = STEP, USE = ("step", "use")
 
 
 class Place(NamedTuple):
@@ -38,6 +39,9 @@ class Offload:
         `"host"`: they stay, the host's processors compute, and only gradients leave the device and parameters that rest there
         come back; for updates without a collective (`jzero/engine/computing.py`). `"auto"`: where link and processors, timed,
         say it takes less time.
+      fetch: when parameters in host memory come to the device. `"step"`: all of a device's shards when a step begins, in the
+        compute dtype. `"use"`: at each use, layer by layer, in the forward and in the backward pass of every microbatch, and
+        their gradients leave for host memory as they appear (`jzero/gather/away.py`); for stage 3.
 
     Raises:
       ValueError, TypeError: a place that is none, a fraction outside 0..1, a setting without effect.
@@ -53,6 +57,7 @@ class Offload:
     fraction: float = 1.0
     bucket_bytes: int | None = None
     update: str = DEVICE
+    fetch: str = STEP
 
     def __post_init__(self) -> None:
         places = {name: parse(name, getattr(self, name)) for name in ("opt_state", "params", "activations")}
@@ -80,6 +85,14 @@ class Offload:
             found, context = [f"update={self.update!r}"], suggest(str(self.update), UPDATES)
             fix = 'Write update="host", or update="auto" to have it measured.'
             raise ValueError(explain(WHO, "update= is 'device', 'host' or 'auto'", found=found, context=context, fix=fix))
+        if self.fetch not in FETCHES:
+            found, context = [f"fetch={self.fetch!r}"], suggest(str(self.fetch), FETCHES)
+            fix = 'Write fetch="use" to have parameters come layer by layer, or leave it out.'
+            raise ValueError(explain(WHO, "fetch= is 'step' or 'use'", found=found, context=context, fix=fix))
+        params = self.place_of("params")
+        if self.fetch != STEP and (params is None or params.kind != HOST):
+            found, fix = [f"fetch={self.fetch!r} with params={self.params!r}"], 'Write params="host" too, or leave it out.'
+            raise ValueError(explain(WHO, "fetch= is about parameters in host memory", found=found, fix=fix))
         idle = [f"fraction={fraction!r}"] * (fraction != 1) + [f"bucket_bytes={size!r}"] * (size is not None)
         idle += [f"update={self.update!r}"] * (self.update != DEVICE)
         if idle and not has_state:

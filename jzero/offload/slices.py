@@ -14,6 +14,8 @@ from jax.sharding import NamedSharding
 from jzero import _compat
 from jzero.offload.elementwise import obstacles
 
+TILE = {-2: 16, -1: 128}  # of a TPU's memory: rows of two-byte numbers, and lanes
+
 
 class Slices(NamedTuple):
     """How a group's leaves are cut."""
@@ -32,16 +34,22 @@ class Slices(NamedTuple):
         return jax.lax.dynamic_update_slice_in_dim(value, piece, index * self.size, self.dim)
 
 
-def cut(shape: Sequence[int], sharding: NamedSharding, moved_bytes: int, bucket_bytes: int) -> Slices | None:
-    """The fewest equal slices that fit a bucket, along a dim that no axis splits; the first such dim, if it has enough."""
+def cut(
+    shape: Sequence[int], sharding: NamedSharding, moved_bytes: int, bucket_bytes: int, *, on_tpu: bool = False
+) -> Slices | None:  # fmt: skip
+    """The fewest equal slices that fit a bucket, along a dim that no axis splits; the first such dim, if it has enough. Where
+    none has, the most that there can be. A TPU copies no part of a tile from host memory.
+    """
     entries = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
     wanted = -(-moved_bytes // bucket_bytes)
     found = []
     for dim in (dim for dim, entry in enumerate(entries) if entry is None):
-        num = next((num for num in range(wanted, shape[dim] + 1) if shape[dim] % num == 0), None)
-        if num is not None:
+        least = TILE[dim - len(shape)] if on_tpu and dim - len(shape) in TILE else 1
+        nums = [num for num in range(2, shape[dim] // least + 1) if shape[dim] % (num * least) == 0]
+        if nums:
+            num = next((num for num in nums if num >= wanted), nums[-1])
             found.append(Slices(dim, num, shape[dim] // num))
-    return min(found, key=lambda one: (one.num > 2 * wanted, one.dim), default=None)
+    return min(found, key=lambda one: (max(wanted - one.num, 0), one.num > 2 * wanted, one.dim), default=None)
 
 
 def is_elementwise(jaxpr: Any, shape: tuple[int, ...]) -> bool:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jzero import stages
 from jzero.audit import moved
 from jzero.models import GPT2Config, MixtralConfig, ModelConfig
-from jzero.plan import exchanges, moments, offloads, pipelines
+from jzero.plan import at_use, exchanges, moments, offloads, pipelines
 from jzero.plan.job import BATCH_AXES, Job
 from jzero.plan.shapes import EXPERTS, Leaf, Split, leaves
 
@@ -50,8 +50,11 @@ def memory(job: Job, *, fused_attention: bool = False) -> Memory:
     """
     rest = {role: sum(sizes) for role, sizes in offloads.resting(job).items()}
     rest["batch"] = 4 * job.accumulate * job.micro_sequences * (job.seq + 1)
-    found_moments = moments.moments(job, fused_attention=fused_attention)
-    if away := offloads.away(job):
+    away = offloads.away(job)
+    leaving = away.uses.leaves if away else frozenset()
+    found_moments = moments.moments(job, fused_attention=fused_attention, leaving=leaving)
+    if away:
+        found_moments = at_use.moments(job, pipelines.held(job), leaving, found_moments)
         rest = {role: size - away.gone.get(role, 0) for role, size in rest.items()}
         found_moments = offloads.moments(job, away, found_moments)
     name = max(found_moments, key=lambda one: sum(found_moments[one].values()))

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from jzero.models import MixtralConfig
 from jzero.offload import Offload
-from jzero.plan import closed, compiled, hosts, room
+from jzero.offload.asked import STEP, USE
+from jzero.plan import at_use, closed, compiled, hosts, offloads, room
 from jzero.plan.job import AXES, BATCH_AXES, Job
 from jzero.plan.names import fields_of, said_of
 from jzero.plan.room import usable_bytes
@@ -35,13 +36,16 @@ class Change(NamedTuple):
 def changes(job: Job, *, limit: int | None = None) -> list[Change]:
     """Settings that would make `job` fit, the fastest first; empty when none of those tried does."""
     limit = usable_bytes(job.target) if limit is None else limit
-    found = [Change(flags, closed.memory(one).peak_bytes, times(one).step_s, one) for flags, one in _variants(job)]
+    tried = [(flags, one) for flags, one in _variants(job) if at_use.refusal(one) is None]
+    found = [Change(flags, closed.memory(one).peak_bytes, times(one).step_s, one) for flags, one in tried]
     return sorted((one for one in found if room.fits(one.job, limit, peak=one.peak_bytes)), key=lambda one: one.step_s)
 
 
 def compiled_changes(found: list[Change], *, limit: int, most: int = 3) -> list[Change]:
     """`found` with its first few compiled until one really fits; those that do not are left out."""
     for number, change in enumerate(found[:most]):
+        if offloads.is_blind(change.job):
+            return found[number:]
         peak = compiled.compile_job(change.job)["peak_bytes"]
         if peak <= limit:
             return [change._replace(compiled_peak_bytes=peak), *found[number + 1 :]]
@@ -96,15 +100,16 @@ def _more_of_others(job: Job) -> Iterator[dict[str, int]]:
 def _offloads(job: Job) -> Iterator[tuple[str, Job]]:
     """What takes more off the device, or from a short host memory to a drive."""
     own = fields_of(job.offload) if job.offload else {}
-    wanted: list[dict[str, Any]] = [{"opt_state": "host"}, {"opt_state": "host", "params": "host"}]
+    both = {"opt_state": "host", "params": "host"}
+    wanted: list[dict[str, Any]] = [{"opt_state": "host"}, both, both | {"fetch": USE}]
     on_drive = {"opt_state": f"nvme:{_FOLDER}"}
-    wanted += [on_drive, on_drive | {"params": f"nvme:{_FOLDER}"}] if hosts.room_of(job).disk_bytes else []
+    wanted += [on_drive, on_drive | {"params": f"nvme:{_FOLDER}", "fetch": STEP}] if hosts.room_of(job).disk_bytes else []
     wanted += [{"fraction": share} for share in _FRACTIONS if "opt_state" in own or "params" in own]
     for fields in wanted:
         asked: dict[str, Any] = own | fields
-        if asked == own or ("fraction" in own and own["fraction"] <= fields.get("fraction", 0)):
-            continue
         offload = Offload(**asked)
+        if offload == job.offload or ("fraction" in own and own["fraction"] <= fields.get("fraction", 0)):
+            continue
         yield f"--offload {said_of(offload)}", job._replace(offload=offload)
 
 

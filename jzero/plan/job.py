@@ -11,7 +11,7 @@ from jzero._errors import explain
 from jzero.models import ModelConfig
 from jzero.offload import Offload
 from jzero.offload.asked import NVME
-from jzero.plan import facts, names, sizes
+from jzero.plan import at_use, facts, names, sizes
 from jzero.plan.names import WHO as WHO
 from jzero.plan.names import config_of, padded
 from jzero.plan.names import count as count
@@ -173,10 +173,13 @@ def make(
     multiple = 1 if any_split and (batch or tokens_per_batch) else multiple
     sequences = sizes.batch(batch, tokens_per_batch, length, multiple, axes, accumulate)
     schedule = (schedule or SCHEDULE) if axes.get("pipe", 1) > 1 else None
-    return Job(
+    job = Job(
         model, target, stage, axes, length, sequences, precision, accumulate, remat, schedule, offload, host_memory, disk,
         disk_bandwidth,
     )  # fmt: skip
+    if error := at_use.refusal(job):
+        raise error
+    return job
 
 
 def _in_files(offload: Offload) -> list[str]:

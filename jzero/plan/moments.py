@@ -61,19 +61,26 @@ def elements(found: Sequence[Leaf], zero: Zero | None = None) -> int:
     return sum(counted(tuple(found), zero))
 
 
-def moments(job: Job, *, fused_attention: bool = False) -> dict[str, Moment]:
-    """Name -> what is alive then, at rest left out. `fused_attention`: as if its kernel wrote no scores."""
+def moments(job: Job, *, fused_attention: bool = False, leaving: frozenset[int] = frozenset()) -> dict[str, Moment]:
+    """Name -> what is alive then, at rest left out.
+
+    Args:
+      fused_attention: as if its kernel wrote no scores.
+      leaving: numbers of the leaves that come at their uses, and whose gradients leave as they appear.
+    """
     size, found, stage = sizes(job), pipelines.held(job), stages.get(job.stage)
     layers = tuple(leaf for leaf in found if leaf.is_layer)
-    whole, shard = elements(found), elements(found, job.zero)
-    is_pipeline, is_sharded = job.pipe > 1, shard < whole
+    stays = tuple(leaf for index, leaf in enumerate(found) if index not in leaving)
+    whole, shard = elements(stays), elements(stays, job.zero)
+    all_whole, all_shard = elements(found), elements(found, job.zero)
+    is_pipeline, is_sharded = job.pipe > 1, all_shard < all_whole
     scattered, gathered = stage.reduce == "use", job.stage == 3 and is_sharded
     table = size.compute * max(leaf.size for leaf in found if leaf.name in _TABLES)
     one_layer = size.compute * sum(leaf.size for leaf in layers)
 
     summed = size.accumulate * (shard if scattered else whole)
     always = {
-        "working copy": _copied(job, size, whole, shard, elements(layers)),
+        "working copy": _copied(job, size, whole, shard, elements([leaf for leaf in stays if leaf.is_layer])),
         "sum of gradients": summed if job.accumulate > 1 or is_pipeline else 0,
         **_saved_activations(job, size),
     }
@@ -84,7 +91,7 @@ def moments(job: Job, *, fused_attention: bool = False) -> dict[str, Moment]:
     backward = {
         **({"logits": logits} if _head_waits(job) else {"gradient of the head": table}),
         "gathered parameters": 2 * one_layer if gathered else 0,
-        "gradients": size.compute * (shard if scattered else elements(layers)),
+        "gradients": size.compute * (shard if scattered else elements([leaf for leaf in stays if leaf.is_layer])),
         "one layer's gradients": one_layer if scattered and is_sharded else 0,
         "attention scores": fused(job) if fused_attention else scores(job, size),
         "one layer's activations": job.micro_tokens * worked(job, size),

@@ -5,7 +5,7 @@ parameters and moments are updated one after the other, two on the device at a t
 than a bucket goes by slices, if the engine can slice it there (`jzero/offload/slices.py`, `jzero/engine/by_slices.py`). What
 the host updates stays there, and gradients go (`jzero/engine/computing.py`). Parameters in files are brought before the
 gradient; cast to the dtype of the computation, or else as they are, and then the update need not read them again
-(`jzero/engine/bringing.py`).
+(`jzero/engine/bringing.py`). Parameters that come at their uses have their gradients in host memory (`at_use.py`).
 """
 
 from dataclasses import replace
@@ -25,8 +25,9 @@ from jzero.offload.asked import AUTO, DEVICE, HOST, NVME
 from jzero.offload.buckets import Bucket
 from jzero.offload.nvme.tier import NUM_LANES
 from jzero.offload.places import staying
-from jzero.plan import hosts, pipelines
+from jzero.plan import at_use, facts, hosts, pipelines
 from jzero.plan import moments as moment
+from jzero.plan.at_use import Uses
 from jzero.plan.job import Job
 from jzero.plan.moments import Moment
 from jzero.plan.shapes import Leaf, Split
@@ -57,21 +58,21 @@ class Trip(NamedTuple):
 
     @property
     def worked(self) -> int:
-        """What the update's program has of it beyond that: a slice that arrives while another leaves; or for the host
-        gradients and parameters as they go, and as these come back.
+        """What the update's program has of it beyond that: a slice that arrives while another leaves, and gradients that were
+        in host memory; or for the host gradients and parameters as they go, and as these come back.
         """
         if self.by_host:
-            return (self.load.grads + 2 * self.load.beside) // self.num
-        return 2 * self.host // self.num if self.in_program else 0
+            return (self.load.out + self.load.beside) // self.num
+        return (2 * self.host * self.in_program + self.load.grads_there) // self.num
 
     @property
     def sent(self) -> int:
-        """To the host, by the longer way."""
-        return self.load.out if self.by_host else self.host + self.disk
+        """By the longer way: to the host where that updates, else to the device."""
+        return self.load.out if self.by_host else self.load.into
 
     @property
     def back(self) -> int:
-        return self.load.beside if self.by_host else self.host + self.disk
+        return self.load.beside if self.by_host else self.load.moved
 
 
 class Away(NamedTuple):
@@ -79,10 +80,11 @@ class Away(NamedTuple):
 
     gone: dict[str, int]  # role -> bytes that the device does not have
     trips: list[Trip]  # bucket by bucket
-    fetched: int  # parameters that come when a step begins, from host memory or files
+    uses: Uses  # parameters that come at their uses
+    fetched: int  # the others, which come when a step begins, from host memory or files
     brought: tuple[int, ...]  # of those what comes from files, trip by trip
     largest_param: int  # of those, one leaf, or trip
-    grads: int  # handed from program to program
+    grads: int  # on the device, handed from program to program
     activations: int  # of a microbatch, in host memory
     kept_activations: int  # of them on the device: two layers', one on its way and one in use
 
@@ -108,7 +110,7 @@ class Away(NamedTuple):
 
     @property
     def sent(self) -> int:
-        """Each step over the link, to the host where that updates; `back` the other way."""
+        """Of the update each step over the link, to the host where that updates; `back` the other way."""
         return sum(trip.sent for trip in self.trips)
 
     @property
@@ -130,7 +132,7 @@ class Away(NamedTuple):
 
     @property
     def host_bytes(self) -> int:
-        return self.host_moved + self.staged + self.pool + self.activations
+        return self.host_moved + self.staged + self.pool + self.activations + self.uses.copies * self.uses.grads
 
     @property
     def disk_bytes(self) -> int:
@@ -139,9 +141,9 @@ class Away(NamedTuple):
 
     @property
     def pair(self) -> int:
-        """Two buckets that are on the device together, the largest such."""
+        """Two buckets that are on the device together, and what the update of the first works with; the largest such."""
         held = [trip.held for trip in self.trips]
-        return max((sum(held[at : at + 2]) for at in range(len(held))), default=0)
+        return max((sum(held[at : at + 2]) + trip.worked for at, trip in enumerate(self.trips)), default=0)
 
     @property
     def first_pair(self) -> int:
@@ -175,13 +177,15 @@ def away(job: Job) -> Away | None:
     gone = {"params": 0, "opt_state": 0}
     for number, amount in going.items():
         gone[_ROLES[number // len(found)]] += amount
-    fetched = [amount for number, amount in going.items() if number < len(found)]
-    grads = size.accumulate * moment.elements(found, job.zero if stage.shard_params else None)
+    grads = [size.accumulate * count for count in moment.counted(found, job.zero if stage.shard_params else None)]
+    uses = at_use.uses(job, found, going, grads)
+    fetched = [amount for number, amount in going.items() if number < len(found) and number not in uses.leaves]
     saved, kept = _activations(job, size)
-    trips = _trips(job, found, going) if going else []
+    trips = _trips(job, found, going, uses) if going else []
     brought = _brought(job, found, going) if _on_disk(job, "params") else []
     largest = max(brought or fetched, default=0)
-    return Away(gone, trips, sum(fetched), tuple(brought), largest, grads if going else 0, saved, kept)
+    handed = sum(grads) - uses.grads if going else 0
+    return Away(gone, trips, uses, sum(fetched), tuple(brought), largest, handed, saved, kept)
 
 
 def _on_disk(job: Job, role: str) -> bool:
@@ -190,8 +194,13 @@ def _on_disk(job: Job, role: str) -> bool:
 
 
 def _order(found: tuple[Leaf, ...]) -> list[int]:
-    """The engine's order of parameters."""
-    return sorted(range(len(found)), key=lambda index: (not found[index].is_layer, found[index].name))
+    """The engine's order of parameters: that of their paths, in which a bias comes before its kernel."""
+
+    def path(name: str) -> str:
+        module, _, part = name.rpartition("_")
+        return f"{module}/{part}" if part in ("bias", "scale") else f"{name}/kernel"
+
+    return sorted(range(len(found)), key=lambda index: (not found[index].is_layer, path(found[index].name)))
 
 
 def _wanted(job: Job, found: tuple[Leaf, ...], going: dict[int, int]) -> int:
@@ -229,22 +238,24 @@ def _activations(job: Job, size: moment.Sizes) -> tuple[int, int]:
     return each * job.config.num_layers, 2 * each
 
 
-def _trips(job: Job, found: tuple[Leaf, ...], going: dict[int, int]) -> list[Trip]:
+def _trips(job: Job, found: tuple[Leaf, ...], going: dict[int, int], uses: Uses) -> list[Trip]:
     """The engine's buckets, in its order."""
     order, wanted, size = _order(found), _wanted(job, found, going), moment.sizes(job)
     parts = {index: [going.get(row * len(found) + index, 0) for row in range(3)] for index in order}
     rows = [row for row, role in enumerate(_ROLES) if _on_disk(job, role)]
     is_held = _on_disk(job, "params") and size.param == size.compute
-    loads, by_host = _loads(job, found, parts), update_of(job) == HOST
+    loads, by_host = _loads(job, found, parts, uses.leaves), update_of(job) == HOST
+    early = _loads(job, found, parts, at_use.candidates(job, found, going))
     every = [Bucket((index,), (index,), loads[index].moved) for index in order]
-    groups = [one._replace(on_host=True, moved_bytes=loads[one.params[0]].held) if by_host and one.moved_bytes else one
+    groups = [one._replace(on_host=True, moved_bytes=early[one.params[0]].held) if by_host and one.moved_bytes else one
               for one in every]  # fmt: skip
     trips = []
     for bucket in packing.pack(groups, wanted):
         of_disk = sum(parts[index][row] for index in bucket.params for row in rows)
         here = sum(parts[index][0] for index in bucket.params) if is_held else 0
-        moved, beside, grads = (sum(loads[index][at] for index in bucket.params) for at in range(3))
-        load = Load(moved, beside, grads)
+        members = [loads[index] for index in bucket.params]
+        moved, beside, grads = (sum(one[at] for one in members) for at in range(3))
+        load = Load(moved, beside, grads, grads_there=sum(one.grads_there for one in members))
         num, in_program = 1, False
         if bucket.moved_bytes > wanted:
             num, in_program = _pieces(job, found[bucket.params[0]], parts[bucket.params[0]], bucket.moved_bytes, wanted)
@@ -252,13 +263,16 @@ def _trips(job: Job, found: tuple[Leaf, ...], going: dict[int, int]) -> list[Tri
     return trips
 
 
-def _loads(job: Job, found: tuple[Leaf, ...], parts: dict[int, list[int]]) -> dict[int, Load]:
-    """Leaf by leaf what rests off the device, what beside it on the device, and its gradient."""
+def _loads(
+    job: Job, found: tuple[Leaf, ...], parts: dict[int, list[int]], leaving: frozenset[int]
+) -> dict[int, Load]:  # fmt: skip
+    """Leaf by leaf what rests off the device, what beside it on the device, and its gradient, which may be `leaving`."""
     every, size, stage = resting(job), moment.sizes(job), stages.get(job.stage)
-    grads = moment.counted(found, job.zero if stage.shard_params else None)
+    grads = [size.accumulate * count for count in moment.counted(found, job.zero if stage.shard_params else None)]
     whole = {index: every["params"][index] + 2 * every["opt_state"][index] for index in parts}
     moved = {index: sum(amounts) for index, amounts in parts.items()}
-    return {index: Load(moved[index], whole[index] - moved[index], size.accumulate * grads[index]) for index in parts}
+    there = {index: grads[index] if index in leaving else 0 for index in parts}
+    return {index: Load(moved[index], whole[index] - moved[index], grads[index], grads_there=there[index]) for index in parts}
 
 
 def update_of(job: Job) -> str:
@@ -324,7 +338,7 @@ def _pieces(job: Job, leaf: Leaf, parts: list[int], moved: int, wanted: int) -> 
         return 1, False  # its noise is a function of an element's place: no update of a slice is a slice of the update
     in_files = [bool(amount) and _on_disk(job, role) for amount, role in zip(parts, _ROLES, strict=True)]
     if not any(in_files):
-        cut = slices.cut(_array(leaf, 1).shape, placed, moved, wanted)
+        cut = slices.cut(_array(leaf, 1).shape, placed, moved, wanted, on_tpu=facts.is_tpu(job.parsed))
         return (cut.num, True) if cut else (1, False)
     rests_here = not parts[0] and size.param == size.accumulate
     if not all(in_files[1:]) or not (in_files[0] or rests_here):  # what travels otherwise, or is not what gradients are: whole
@@ -352,20 +366,26 @@ def moments(job: Job, away: Away, found: dict[str, Moment]) -> dict[str, Moment]
     for name, one in during.items():
         if job.accumulate == 1 and job.pipe == 1 and name != "head":  # what leaves the program is empty before it ends, and
             room = away.grads  # temporaries lie there
-            for part in ("gradients", "attention scores"):
+            for part in (part for part in ("gradients", "attention scores") if part in one):
                 one[part], room = max(0, one[part] - room), max(0, room - one[part])
         if away.fetched and size.compute == size.param:  # nothing is cast: what was fetched is what the step works with
             one["working copy"] += away.fetched
         one["sum of gradients"] = max(0, one["sum of gradients"] - away.grads)
         one.update(handed)
-    worked = max(trip.worked for trip in away.trips)
-    update = {"gradients handed over": away.grads, "buckets": max(away.pair, worked)}
+    update = {"gradients handed over": away.grads, "buckets": away.pair}
     every = during | {"update": update | ({"working copy": away.still_here} if away.still_here else {})}
     if away.brought:  # nothing else is there yet; one trip is cast while the next comes
         every["fetch"] = {"working copy": during["head"]["working copy"], "largest trips": 2 * away.largest_param}
     elif away.fetched:
         every["fetch"] = {"working copy": during["head"]["working copy"], "largest leaf": away.largest_param, **handed}
     return every
+
+
+def is_blind(job: Job) -> bool:
+    """Whether the job's compiler cannot show what it does in host memory: that of GPUs, without one, knows no such memory."""
+    if facts.is_tpu(job.parsed) or (found := away(job)) is None:
+        return False
+    return found.activations > 0 or bool(found.uses.leaves) or any(trip.by_host for trip in found.trips)
 
 
 def places_of(job: Job) -> tuple[str, ...]:

@@ -114,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--schedule", help="of a pipeline: gpipe, 1f1b, interleaved, zb_h1 or breadth_first; default 1f1b")
     add(
         "--offload",
-        help="opt_state=host,params=host,activations=host,fraction=0.8, or opt_state=nvme:/data/swap,params=nvme:/data/swap",
+        help="opt_state=host,params=host,activations=host,fraction=0.8, or opt_state=nvme:/data/swap,params=nvme:/data/swap; "
+        "fetch=use: parameters in host memory layer by layer",
     )
     add("--host-memory", help="of one host, such as 128GB; default the target's (jzero/plan/hosts.py)")
     add("--disk", help="of one host's drives, such as 4TB; default the target's")

@@ -11,11 +11,11 @@ from jzero import precision as precisions
 from jzero import stages
 from jzero.engine import pipeline_costs
 from jzero.engine.stage_layers import StageLayers
-from jzero.models import GPT2Config, ModelConfig
+from jzero.models import ModelConfig
 from jzero.pipeline import partition, schedules, slots
 from jzero.pipeline.schedule import Schedule
 from jzero.plan.job import SCHEDULE, Job
-from jzero.plan.shapes import Leaf, leaves
+from jzero.plan.shapes import Leaf, is_tied, leaves
 
 _NUM_SCALARS = 2  # the loss and the norm
 
@@ -74,12 +74,8 @@ def _part(leaf: Leaf, job: Job) -> pipeline_costs.Part:
         divides = job.config.num_layers % job.pipe == 0
         dim = 0 if divides else next((i + 1 for i, size in enumerate(leaf.shape) if size % job.pipe == 0), None)
         return pipeline_costs.Part(leaf.size * leaf.repeats, "layers", is_split, True, dim)
-    part = "tied" if _is_tied(leaf, job) else "embed" if leaf.name in ("wte", "wpe") else "head"
+    part = "tied" if is_tied(leaf, job.config) else "embed" if leaf.name in ("wte", "wpe") else "head"
     return pipeline_costs.Part(leaf.size, part, is_split, True, None)
-
-
-def _is_tied(leaf: Leaf, job: Job) -> bool:
-    return leaf.name == "wte" and (isinstance(job.config, GPT2Config) or job.config.tied)
 
 
 @cache

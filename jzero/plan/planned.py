@@ -20,7 +20,7 @@ _GPU_ATTENTION = (
     "dtypes and writes none: the closed form's peak is {peak} then."
 )
 _BLIND = (
-    "Not compiled: the GPU compiler without a device knows no host memory, neither for activations nor for an update there."
+    "Not compiled: the GPU compiler without a device knows no host memory: not for activations, nor for an update or gradients."
 )
 _ATTENTION = {"ulysses": "an exchange of heads", "ring": "a ring"}
 
@@ -33,8 +33,7 @@ def plan_job(job: Job, *, compile_too: bool = True) -> Plan:
     """
     job, decided = _decided(job)
     need, away = closed.memory(job), offloads.away(job)
-    on_host = away is not None and any(trip.by_host for trip in away.trips)
-    is_blind = away is not None and (away.activations > 0 or on_host) and not facts.is_tpu(job.parsed)
+    is_blind = offloads.is_blind(job)
     measured = compiled.compile_job(job) if compile_too and not is_blind else None
     figures: dict[str, Any] = {
         "at_rest": need.at_rest, "wire": closed.wire(job), "temp_bytes": need.temp_bytes, "peak_bytes": need.peak_bytes,
@@ -78,7 +77,8 @@ def _off_the_device(away: offloads.Away) -> dict[str, int]:
         "host_moved_bytes": away.host_moved, "disk_moved_bytes": away.disk_moved, "fetched_bytes": away.fetched,
         "activation_bytes": away.activations, "pool_bytes": away.pool, "staged_bytes": away.staged, "grad_bytes": away.grads,
         "host_bytes": away.host_bytes, "disk_bytes": away.disk_bytes, "num_buckets": len(away.trips),
-        "moved_bytes": away.sent, "back_bytes": away.back,
+        "moved_bytes": away.sent, "back_bytes": away.back, "at_use_bytes": away.uses.comes,
+        "left_bytes": away.uses.left, "grads_in_host_bytes": away.uses.grads,
     }  # fmt: skip
 
 

@@ -90,15 +90,19 @@ class Plan:
         moved, back = closed["moved_bytes"], closed["back_bytes"]
         ways = [("moved each way in a step", moved, compiled.get("moved_bytes"))]
         if moved != back:
-            ways = [("to the host in a step", moved, compiled.get("moved_bytes")), ("back", back, compiled.get("back_bytes"))]
+            to = f"to the {self.job.get('offload', {}).get('update', 'device')} for the update"
+            ways = [(to, moved, compiled.get("moved_bytes")), ("back", back, compiled.get("back_bytes"))]
         rows = [
             ("rests in host memory", closed["host_moved_bytes"], compiled.get("at_rest", {}).get("pinned_host")),
             ("rests on disk, two slots", closed["disk_bytes"], None),
             ("the pool of the disk", closed["pool_bytes"], None),
             ("saved activations", closed["activation_bytes"], None),
             ("leaves on their way", closed["staged_bytes"], None),
+            ("gradients in host memory", closed["grads_in_host_bytes"], compiled.get("grads_in_host_bytes")),
             *ways,
             ("parameters fetched for it", closed["fetched_bytes"], None),
+            ("fetched at each use", closed["at_use_bytes"], compiled.get("fetched_bytes")),
+            ("gradients that leave", closed["left_bytes"], compiled.get("left_bytes")),
         ]
         return ["Off the device", render(_table("", [row for row in rows if row[1]]))]
 
@@ -154,7 +158,8 @@ def _transfers(found: Mapping[str, Any] | None) -> list[str]:
     if not found:
         return []
     names = {
-        "fetch_s": "parameters", "read_s": "parameters from files", "activations_s": "activations",
+        "fetch_s": "parameters", "read_s": "parameters from files", "uses_s": "parameters at their uses",
+        "activations_s": "activations",
         "link_s": "update over the host link", "host_s": "update by the host", "disk_s": "disk",
     }  # fmt: skip
     parts = ", ".join(f"{name} {_seconds(found[key])}" for key, name in names.items() if found[key])

@@ -6,7 +6,8 @@ from typing import Any
 
 from jzero.models import GPT2Config, MixtralConfig
 from jzero.offload import Offload
-from jzero.plan import closed, compiled, facts, machine, room
+from jzero.plan import at_use, closed, compiled, facts, machine, room
+from jzero.plan import offloads as offloading
 from jzero.plan.job import SCHEDULE, Job, divisors
 from jzero.plan.room import usable_bytes
 from jzero.plan.shapes import tensor_sizes
@@ -19,7 +20,11 @@ _REMATS = ("none", "dots", "full")
 _MICROBATCHES, _ACCUMULATES = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)
 _MOST_TENSOR_TPU, _MOST_PIPE, _MOST_MICROBATCHES = 16, 16, 512
 _NUM_ROWS = 8
-OFFLOADS = (Offload(opt_state="host"), Offload(opt_state="host", params="host"))  # tried beside the job's own
+OFFLOADS = (  # tried beside the job's own
+    Offload(opt_state="host"),
+    Offload(opt_state="host", params="host"),
+    Offload(opt_state="host", params="host", fetch="use"),
+)
 
 
 def candidates(job: Job, *, vary_batch: bool = False) -> Iterator[Job]:
@@ -39,9 +44,11 @@ def candidates(job: Job, *, vary_batch: bool = False) -> Iterator[Job]:
                 batch = micro * accumulate * num_shards
                 schedule = (job.schedule or SCHEDULE) if pipe > 1 else None
                 for remat in _REMATS if job.offload is None or job.offload.activations is None else ("dots",):
-                    yield job._replace(
+                    one = job._replace(
                         stage=stage, mesh=mesh, batch=batch, accumulate=accumulate, remat=remat, schedule=schedule
                     )
+                    if at_use.refusal(one) is None:
+                        yield one
 
 
 def meshes(job: Job) -> Iterator[dict[str, int]]:
@@ -126,6 +133,7 @@ def dollars_per_1e9_tokens(price_per_hour: float, tokens_per_s_per_device: float
 
 def _compile(rows: list[dict[str, Any]], limit: int, wanted: int, num_workers: int, tick: Tick) -> None:
     """Compile rows from the top, a few at once, until `wanted` of them are known to fit."""
+    rows = [row for row in rows if not offloading.is_blind(Job.of(row["job"]))]
     num_good, done, position = 0, 0, 0
     while num_good < wanted and position < len(rows):
         batch = rows[position : position + min(wanted - num_good, num_workers)]

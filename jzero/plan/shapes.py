@@ -125,6 +125,11 @@ def leaves(config: ModelConfig, tensor: int = 1, expert: int = 1) -> tuple[Leaf,
     return (*found, *(leaf(name, shape, is_layer=False) for name, shape in outer.items()))
 
 
+def is_tied(leaf: Leaf, config: ModelConfig) -> bool:
+    """Whether it is the embedding and the head."""
+    return leaf.name == "wte" and (isinstance(config, GPT2Config) or config.tied)
+
+
 def tensor_sizes(config: ModelConfig) -> list[int]:
     """The sizes of a `tensor` axis that divide the heads and everything that the rules split, small ones first."""
     heads = config.num_heads if isinstance(config, GPT2Config) else math.gcd(config.num_heads, config.num_kv_heads)

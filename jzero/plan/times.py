@@ -70,7 +70,7 @@ def times(job: Job) -> Times:
 
 def _bound(compute_s: float, wire_s: float, sent: Transfer) -> str:
     """What takes longest."""
-    on_link = sent.fetch_s + sent.activations_s + sent.link_s
+    on_link = sent.fetch_s + sent.uses_s + sent.activations_s + sent.link_s
     on_disk = sent.disk_s + sent.read_s
     every = {"compute": compute_s, "wire": wire_s, "host link": on_link, "host": sent.host_s, "disk": on_disk}
     return max(every, key=lambda name: every[name])

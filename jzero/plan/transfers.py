@@ -2,6 +2,8 @@
 
 - Parameters at rest in host memory or files are fetched whole when a step begins; every layer waits for them. From files they
   come through drive and link at once, at the rate of the slower.
+- What comes at its use does so in every microbatch, for the forward and again for the backward pass, and its gradient leaves
+  as it appears; with several microbatches the sum so far comes to meet it. Both directions at once, beside the compute.
 - Activations leave in the forward pass and come back in the backward pass, beside the layers.
 - Whole buckets of the update: while one leaves the next arrives, so only one direction is waited for; the first two arrive
   beside the gradient. Slices inside a program fetch and put back in turns: both directions are waited for.
@@ -28,6 +30,7 @@ class Transfer(NamedTuple):
     alone_s: float = 0.0  # all of it, one after the other
     waited_s: float = 0.0  # what the step takes longer for it
     read_s: float = 0.0  # parameters, at the start, from files
+    uses_s: float = 0.0  # parameters at their uses and their gradients, the longer way
 
     @property
     def hidden(self) -> float:
@@ -44,6 +47,7 @@ def transfer(away: Away, room: Room, *, compute_s: float, num_micro: int) -> Tra
     fetch = (away.fetched - from_files) / room.link
     read = from_files / min(room.link, room.disk_bandwidth) if from_files else 0.0
     activations = 2 * away.activations * num_micro / room.link
+    uses = max(away.uses.comes, away.uses.left) / room.link
     of_device, of_host = ([trip for trip in away.trips if trip.by_host == yes] for yes in (False, True))
     in_turns = sum(trip.host for trip in of_device if trip.in_program)
     streamed = sum(trip.sent for trip in of_device) - in_turns
@@ -53,8 +57,8 @@ def transfer(away: Away, room: Room, *, compute_s: float, num_micro: int) -> Tra
     both = (away.disk_read + away.disk_moved) / room.disk_bandwidth if away.disk_moved else 0.0
     early = min(away.pool, away.disk_read) / room.disk_bandwidth if away.disk_moved else 0.0
     disk = both - min(early, compute_s)
-    over_link = away.fetched + away.sent + away.back - away.still_here
+    over_link = away.fetched + away.uses.comes + away.uses.left + away.sent + away.back - away.still_here
     from_drive = from_files / room.disk_bandwidth if from_files else 0.0
     alone = over_link / room.link + activations + host + both + from_drive
-    waited = fetch + read + max(0.0, activations - compute_s) + max(link + host, disk)
-    return Transfer(fetch, activations, link, disk, host, alone, waited, read)
+    waited = fetch + read + max(0.0, activations + uses - compute_s) + max(link + host, disk)
+    return Transfer(fetch, activations, link, disk, host, alone, waited, read, uses)

@@ -34,11 +34,18 @@ class LossProgram(NamedTuple):
 class Sums(NamedTuple):
     """What the microbatches of one batch (or of one shard of it) add up to."""
 
-    grads: list[jax.Array]
+    grads: list[Any]  # arrays, or `Running`
     loss: jax.Array
     weight: jax.Array
     aux: AuxParts
     model_state: Any
+
+
+class Running(NamedTuple):
+    """The gradient of a parameter that rests away, added up where it rests: the backward pass itself adds to `total`."""
+
+    total: Any
+    squares: Any  # of its elements; once they are added up, None
 
 
 RunLoss = Callable[[Sequence[Any], Any, Any, Any], Outcome]  # (differentiated, microbatch, rng, model_state)
@@ -98,12 +105,13 @@ def accumulate(
 
     Args:
       run_loss: the loss on one microbatch as a function of `diff`, the arrays that are differentiated.
+      diff: of each gradient what it is taken of; a `Running` begins as it is given.
       seed: what the loss is multiplied by before its gradient: loss scale / total weight.
       dtype: of the summed gradients.
     """
     each, shared = batches.split(batch, num)
 
-    def one(index: Any, rows: Any, model_state: Any) -> Sums:
+    def one(index: Any, rows: Any, model_state: Any, diff: Sequence[Any]) -> Sums:
         def objective(diff: Sequence[jax.Array]) -> tuple[jax.Array, Outcome]:
             out = run_loss(diff, batches.merge(rows, shared), rngs(index), model_state)
             return out.sum * seed, out
@@ -111,16 +119,19 @@ def accumulate(
         grads, out = jax.grad(objective, has_aux=True)(list(diff))
         weight = jnp.ones((), jnp.float32) if out.weight is None else out.weight
         parts = aux_values.sort(out.aux, program.aux.kinds, weight)
-        return Sums([grad.astype(dtype) for grad in grads], out.sum, weight, parts, out.model_state)
+        grads = [grad if isinstance(grad, Running) else grad.astype(dtype) for grad in grads]
+        return Sums(grads, out.sum, weight, parts, out.model_state)
 
     if num == 1:
-        return one(0, jax.tree.map(lambda leaf: leaf[0], each), model_state)
+        return one(0, jax.tree.map(lambda leaf: leaf[0], each), model_state, diff)
 
     def body(total: Sums, item: tuple[Any, Any]) -> tuple[Sums, list[jax.Array]]:
-        part = one(item[0], item[1], total.model_state)
+        so_far = [grad if isinstance(grad, Running) else leaf for grad, leaf in zip(total.grads, diff, strict=True)]
+        part = one(item[0], item[1], total.model_state, so_far)
         batched, part = part.aux.batched, part._replace(aux=part.aux._replace(batched=[]))
-        added = jax.tree.map(jnp.add, total._replace(model_state=None), part._replace(model_state=None))
-        return added._replace(model_state=part.model_state), batched
+        grads = [new if isinstance(new, Running) else old + new for old, new in zip(total.grads, part.grads, strict=True)]
+        added = jax.tree.map(jnp.add, _but_grads(total), _but_grads(part))
+        return added._replace(grads=grads, model_state=part.model_state), batched
 
     start = _zeros(program, diff, dtype)._replace(model_state=model_state)
     total, batched = jax.lax.scan(body, start, (jnp.arange(num), each))
@@ -132,4 +143,9 @@ def _zeros(program: LossProgram, diff: Sequence[jax.Array], dtype: Any) -> Sums:
     shapes = jax.eval_shape(lambda aux, weight: aux_values.sort(aux, program.aux.kinds, weight), program.outcome.aux, scalar)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes._replace(batched=[]))
     nothing = jnp.zeros((), jnp.float32)
-    return Sums([jnp.zeros(leaf.shape, dtype) for leaf in diff], nothing, nothing, zeros, None)
+    grads = [leaf if isinstance(leaf, Running) else jnp.zeros(leaf.shape, dtype) for leaf in diff]
+    return Sums(grads, nothing, nothing, zeros, None)
+
+
+def _but_grads(sums: Sums) -> Sums:
+    return sums._replace(grads=[], model_state=None)

@@ -14,8 +14,9 @@ import optax
 
 from jzero._errors import explain
 from jzero._tree import is_key, named_leaves
-from jzero.precision import PrecisionPolicy, round_stochastically
+from jzero.precision import PrecisionPolicy, round_stochastically, sum_of_squares
 from jzero.step import params as parameters
+from jzero.step.gradient import Running
 from jzero.step.state import TrainState, next_loss_scale
 from pallas_kernels.rounding import fold
 
@@ -37,9 +38,10 @@ class NonFinite:
         return cls(children[0], paths)
 
 
-def squares(grads: Sequence[jax.Array]) -> jax.Array:
+def squares(grads: Sequence[Any]) -> jax.Array:
     """Sum of squares of each leaf, float32[num_leaves]."""
-    return jnp.stack([jnp.sum(jnp.square(grad.astype(jnp.float32))) for grad in grads])
+    of = lambda grad: jnp.sum(grad.squares) if isinstance(grad, Running) else sum_of_squares(grad)
+    return jnp.stack([of(grad) for grad in grads])
 
 
 class Verdict(NamedTuple):
@@ -60,11 +62,12 @@ def judge(
     return Verdict(scales, norm, clean if skip_nonfinite else jnp.ones((), bool))
 
 
-def scaled(grads: Sequence[jax.Array], scales: Sequence[jax.Array]) -> list[jax.Array]:
-    """Gradients times each of the scalars in turn."""
+def scaled(grads: Sequence[Any], scales: Sequence[jax.Array]) -> list[Any]:
+    """Gradients times each of the scalars in turn; what is no array is None."""
+    grads = [None if isinstance(grad, Running) else grad for grad in grads]
     for scale in scales:
-        grads = [grad * scale.astype(grad.dtype) for grad in grads]
-    return list(grads)
+        grads = [None if grad is None else grad * scale.astype(grad.dtype) for grad in grads]
+    return grads
 
 
 def conclude(

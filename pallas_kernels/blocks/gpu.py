@@ -79,9 +79,9 @@ def run(
         for number, pieces in enumerate(outs):
             ref = array_refs[places[number]] if number in places else next(left)
             for index, value in enumerate(pieces):
-                ref[rows, pl.ds(index * piece, piece)] = value.astype(ref.dtype)
+                _store(ref.at[rows, pl.ds(index * piece, piece)], value.astype(ref.dtype))
         for ref, value in zip(left, made, strict=True):
-            ref[rows] = value
+            _store(ref.at[rows], value)
 
     out = plgpu.kernel(
         kernel,
@@ -96,6 +96,15 @@ def run(
     fresh = iter(out)
     found = [jax.freeze(blocked[places[i]]) if i in places else next(fresh) for i in range(len(one.outs))]
     return [array[:num_blocks].reshape(num_rows, -1) for array in (*found, *fresh)]
+
+
+def _store(ref: Any, value: jax.Array) -> None:
+    """jax 0.12 refuses stores of less than whole sectors (narrow codes) unless it is told; 0.11 has no word for it."""
+    plgpu = mosaic()
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
 
 
 def _num_parts(one: BlockPass, arrays: Sequence[jax.Array], scales: Sequence[jax.Array]) -> int:

@@ -9,15 +9,21 @@ from pallas_kernels.dispatch import Call, Implementation, Op
 from pallas_kernels.norm import gpu, reference, tpu
 from pallas_kernels.rows import why_not
 
+IN_REGISTERS = 4096  # of 255 a thread, rows of 8,192 take all and spill (benchmarks/kernel_resources.py)
+
 
 def _fits(call: Call) -> str | None:
     return why_not(call.arrays[0].shape[-1], call.arrays)
 
 
+def _fits_gpu(call: Call) -> str | None:
+    return why_not(call.arrays[0].shape[-1], call.arrays, most=IN_REGISTERS)
+
+
 NORM = Op(
     "norm",
     [
-        Implementation("mosaic_gpu", gpu.norm, _fits, platform="gpu"),
+        Implementation("mosaic_gpu", gpu.norm, _fits_gpu, platform="gpu"),
         Implementation("mosaic_tpu", tpu.norm, _fits, platform="tpu"),
         Implementation("reference", reference.norm),
     ],
@@ -33,7 +39,7 @@ def rms_norm(
       x: [..., D].
       scale: [D], any float dtype.
       residual: [..., D]; given, the result is (y, h).
-      implementation: "reference" (XLA fuses it), "mosaic_gpu" or "mosaic_tpu" (D a multiple of 128).
+      implementation: "reference" (XLA fuses it), "mosaic_gpu" or "mosaic_tpu" (D a multiple of 128, on GPUs up to 4,096).
 
     Returns:
       y[..., D], or (y, h) with a residual.

@@ -147,6 +147,47 @@ def test_temporaries_grow_by_two_buckets_at_most_where_the_host_updates(params):
         assert row["temp_bytes"] <= 1.02 * BUCKET_BYTES  # gradients, parameters, and those as they come back
 
 
+def check_at_use(report, memory, num_params, num_stacked):
+    """Parameters come from host memory and gradients go there; of several microbatches the sum is made beside the last one."""
+    shard = 4 * num_params // 16
+    assert memory.host_argument_size_in_bytes == memory.host_alias_size_in_bytes == shard
+    assert memory.host_output_size_in_bytes == 2 * shard
+    assert memory.host_temp_size_in_bytes <= shard
+    assert memory.output_size_in_bytes <= 64 * 1024, "gradients are given out on the device"
+    head = shard - 4 * num_stacked // 16
+    assert report.offload["fetched_bytes"] == 2 * (2 * shard - head + shard)  # two microbatches; the head once; sums
+    assert report.offload["left_bytes"] == 2 * shard
+    assert (report.offload["grad_bytes"], report.offload["grads_in_host_bytes"]) == (0, shard)
+    assert any("come from host memory at each use" in line for line in report.findings)
+
+
+@pytest.mark.parametrize("update", [pytest.param("device", marks=pytest.mark.slow), "host"])
+def test_parameters_come_at_their_uses_and_gradients_leave(update):
+    both = {"opt_state": "host", "params": "host", "update": update}
+    report, memory, num_params = measured(layers=2, width=256, rows=8, **both, fetch="use")
+    check_at_use(report, memory, num_params, num_params - 8 * 256 * 256)
+    assert at_rest(report) == 4  # adam's count
+    assert report.offload["moved_bytes"] == (0 if update == "host" else 16 * num_params // 16)
+
+
+@pytest.mark.slow
+def test_the_device_holds_no_more_of_sixteen_layers_than_of_four():
+    """Neither parameters nor gradients: what each further layer takes is its saved input."""
+    size = {"width": 1024, "rows": 32, "policy": "full", "opt_state": "host", "params": "host", "bucket_bytes": 2**20}
+    few, many, whole = (
+        measured(layers=layers, **size, fetch=fetch) for layers, fetch in ((4, "use"), (16, "use"), (16, "step"))
+    )
+    report, memory, num_params = many
+    check_at_use(report, memory, num_params, num_params - 8 * 1024 * 1024)
+    saved = 12 * 32 * 1024 * 2
+    assert memory.temp_size_in_bytes <= few[1].temp_size_in_bytes + saved
+    state = (2 + 4) * num_params // 16  # the working copy and the sum of gradients
+    assert (
+        report.offload["gradient_temp_bytes"]
+        <= whole[0].offload["gradient_temp_bytes"] + whole[0].offload["grad_bytes"] - state
+    )
+
+
 @pytest.mark.slow
 def test_activations_are_in_host_memory():
     size = {"layers": 8, "width": 1024, "rows": 4096}
