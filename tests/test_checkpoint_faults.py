@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import jzero
-from jzero.checkpoint import lock
+from jzero.checkpoint import lock, writing
 from jzero.checkpoint.checksums import CorruptCheckpoint
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +97,13 @@ def test_a_full_disk(small_disk, step):
 @drops_threads
 def test_a_limit_on_files(small_files, step):
     check_full(small_files, step)
+
+
+@pytest.mark.parametrize("behind", ["", ' {"shape":' + "1" * 400 + "}"])
+def test_what_the_system_said_is_kept_of_a_long_message(behind):
+    """TensorStore says it at the end, or before a description of the array."""
+    said = f'OUT_OF_RANGE: Error writing "step/.zarray"{" in a folder" * 40} [OS error 27: EFBIG File too large]{behind}'
+    assert "File too large" in str(writing.failed(ValueError(said), "complete: 1"))
 
 
 @drops_threads

@@ -1,5 +1,6 @@
 """What a state becomes on its way to disk, checked before anything is written."""
 
+import re
 import tempfile
 from typing import Any
 
@@ -12,6 +13,8 @@ from jzero.checkpoint import checksums, naming, notes
 from jzero.checkpoint.naming import WHO
 from jzero.engine.statics import split_statics
 from jzero.shard import ShardedStep
+
+_REASON = re.compile(r"\[OS error [^\]]*\]")  # as TensorStore says it
 
 
 def items(state: Any, *, step: ShardedStep | None, number: int | None = None, data: Any = None) -> ocp.args.Composite:
@@ -54,7 +57,10 @@ def failed(error: Exception | ExceptionGroup, context: str) -> OSError:
     """The error of a save that did not come to its end."""
     while isinstance(error, ExceptionGroup):  # of Orbax's parallel writes, which fail for one reason
         error = error.exceptions[0]
-    said = str(error).partition("\n")[0]  # paths first, and what the system said at its end
-    met = [f"{type(error).__name__}: {said if len(said) < 240 else f'{said[:80]} ... {said[-150:]}'}"]
+    said = str(error).partition("\n")[0]
+    if len(said) >= 240:  # paths first; what the system said at its end, or before a description of the array
+        reason = _REASON.search(said)
+        said = f"{said[:80]} ... {reason.group() if reason else said[-150:]}"
+    met = [f"{type(error).__name__}: {said}"]
     fix = "Free space or name another folder, then save again: the state in memory is unharmed."
     return OSError(explain(f"{WHO}: save", "a checkpoint could not be written", found=met, context=context, fix=fix))

@@ -7,6 +7,7 @@ from jzero.models import GPT2Config, MixtralConfig
 from jzero.offload.asked import AUTO, NVME
 from jzero.offload.host import PINNED_LIMIT
 from jzero.plan import closed, compiled, exchanges, facts, fit, hosts, offloads, pipelines
+from jzero.plan.away import Away
 from jzero.plan.job import Job
 from jzero.plan.result import Plan
 from jzero.plan.room import needs, usable_bytes
@@ -71,7 +72,7 @@ def _decided(job: Job) -> tuple[Job, list[str]]:
     return job._replace(offload=replace(job.offload, update=chosen)), [note]
 
 
-def _off_the_device(away: offloads.Away) -> dict[str, int]:
+def _off_the_device(away: Away) -> dict[str, int]:
     """As the report of a step has it, and what the host needs beside what rests there."""
     return {
         "host_moved_bytes": away.host_moved, "disk_moved_bytes": away.disk_moved, "fetched_bytes": away.fetched,

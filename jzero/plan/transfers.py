@@ -15,8 +15,8 @@
 
 from typing import Any, NamedTuple
 
+from jzero.plan.away import Away
 from jzero.plan.hosts import Room
-from jzero.plan.offloads import Away
 
 
 class Transfer(NamedTuple):
