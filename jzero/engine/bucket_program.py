@@ -11,6 +11,7 @@ from jzero import _compat
 from jzero.engine import compiler, computing
 from jzero.engine.layout import Layout, Options
 from jzero.engine.offloaded import Update
+from jzero.gather.away import Space, moved
 from jzero.offload import slices
 from jzero.offload.asked import HOST, NVME
 from jzero.offload.buckets import Bucket
@@ -82,7 +83,7 @@ class BucketProgram:
         if self.slices is None:
             return self._computed(members, grads if self.bucket.on_host else _here(grads), scales, shared, early)
         # Where the program sees them: for GPUs that are only described the memory kind is dropped, and all is device memory.
-        cut, is_away = self.slices, [jax.typeof(one).memory_space == jax.memory.Space.Host for one in members]
+        cut, is_away = self.slices, [jax.typeof(one).memory_space == Space.Host for one in members]
         shape, on_host = cut.shape(self.plan.layout.avals[self.members[0]].shape), self.bucket.on_host
 
         def one_slice(index: jax.Array, members: list[Any]) -> list[Any]:
@@ -93,9 +94,9 @@ class BucketProgram:
             if on_host:
                 new = self._computed(pieces, parts, scales, shared, early, shape, stays, index)
             else:
-                pieces = [_move(one, jax.memory.Space.Device, away) for one, away in zip(pieces, is_away, strict=True)]
+                pieces = [_move(one, Space.Device, away) for one, away in zip(pieces, is_away, strict=True)]
                 new = self._computed(pieces, _here(parts), scales, shared, early, shape)
-                new = [_move(one, jax.memory.Space.Host, away) for one, away in zip(new, is_away, strict=True)]
+                new = [_move(one, Space.Host, away) for one, away in zip(new, is_away, strict=True)]
             every = zip(members, new, stays, strict=True)
             return [piece if stay else cut.put(one, piece, index) for one, piece, stay in every]
 
@@ -194,8 +195,8 @@ class BucketProgram:
 
 
 def _here(grads: Sequence[jax.Array]) -> list[jax.Array]:
-    """Gradients that wait in host memory, on the device."""
-    return [_move(grad, jax.memory.Space.Device, jax.typeof(grad).memory_space == jax.memory.Space.Host) for grad in grads]
+    """Gradients on the device, also those that wait in host memory."""
+    return [moved(grad, Space.Device) for grad in grads]
 
 
 def _move(piece: jax.Array, memory: Any, is_away: bool) -> jax.Array:
