@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
-from optax import contrib
 
 import jzero
 
 TX = optax.sgd(0.1, momentum=0.9)
-STEP, MAKE, MESH, OFFLOAD = "jzero.shard", "jzero.make_train_step", "jzero.make_mesh", "jzero.Offload"
-HOST, AT_USE = jzero.Offload(opt_state="host"), jzero.Offload(params="host", fetch="use")
+STEP, MAKE, MESH = "jzero.shard", "jzero.make_train_step", "jzero.make_mesh"
 FLOATS, ROWS = (64, 32), (16, 64)
 
 
@@ -75,13 +73,6 @@ def trains(fn=loss, *, batch=None, stage=3, **options):
     own = jzero.make_train_step(fn, TX, **options)
     step, state, batch = jzero.shard(own, stage=stage), own.init(params()), jnp.ones(ROWS) if batch is None else batch
     return lambda: step(state, batch)
-
-
-def offloads(tx, **options):
-    """A state placed by a step that keeps its optimizer's arrays in host memory."""
-    own = jzero.make_train_step(loss, tx)
-    step, state = jzero.shard(own, stage=3, offload=jzero.Offload(opt_state="host", **options)), own.init(params())
-    return lambda: step.place(state)
 
 
 def on_one_device(**options):
@@ -308,98 +299,6 @@ TABLE: dict[str, Callable[[], Bad]] = {
     ),
     "remat of a step": lambda: Bad(
         shard(remat="dots"), ValueError, "remat= would have no effect", ("remat='dots' with a step",), "jax.checkpoint"
-    ),
-    # offload
-    "offload by name": lambda: Bad(
-        shard(offload="host"), TypeError, "offload= is a jzero.Offload", ("offload='host'",), 'jzero.Offload(opt_state="host")'
-    ),
-    "offload of a step that makes its own update": lambda: Bad(
-        shard(offload=HOST), NotImplementedError, "only a TrainStep's state", ("Offload(opt_state='host')",), "make_train_step"
-    ),
-    "offload of nothing": lambda: Bad(
-        jzero.Offload, ValueError, "nothing is offloaded", ("are None",), 'Offload(opt_state="host")', who=OFFLOAD
-    ),
-    "offload to nowhere": lambda: Bad(
-        lambda: jzero.Offload(opt_state="hots"), ValueError, "opt_state= names no place", ("opt_state='hots'",), "nvme:/data",
-        "Did you mean 'host'?", who=OFFLOAD,
-    ),
-    "offload to a number": lambda: Bad(
-        lambda: jzero.Offload(params=1), TypeError, "params= is a place's name", ("params=1",), '"host"', who=OFFLOAD
-    ),
-    "offload to no folder": lambda: Bad(
-        lambda: jzero.Offload(opt_state="nvme:"), ValueError, "names no folder", ("'nvme:'",), "nvme:/data/swap", who=OFFLOAD
-    ),
-    "activations on a disk": lambda: Bad(
-        lambda: jzero.Offload(activations="nvme:/x"), ValueError, "host memory alone", ("activations='nvme:/x'",),
-        'activations="host"', who=OFFLOAD,
-    ),
-    **{
-        f"fraction {fraction}": lambda fraction=fraction: Bad(
-            lambda: jzero.Offload(opt_state="host", fraction=fraction), ValueError, "above 0 and at most 1",
-            (f"fraction={fraction}",), "keeps a fifth", who=OFFLOAD,
-        )
-        for fraction in (0, -0.1, 1.1, float("nan"), True)
-    },
-    "bucket of nothing": lambda: Bad(
-        lambda: jzero.Offload(opt_state="host", bucket_bytes=0), ValueError, "positive whole number", ("bucket_bytes=0",),
-        "256 * 2**20", who=OFFLOAD,
-    ),
-    "fraction without effect": lambda: Bad(
-        lambda: jzero.Offload(activations="host", fraction=0.5), ValueError, "no effect", ("fraction=0.5",), "params=",
-        who=OFFLOAD,
-    ),
-    "update where nothing is": lambda: Bad(
-        lambda: jzero.Offload(opt_state="host", update="hst"), ValueError, "update= is 'device', 'host' or 'auto'",
-        ("update='hst'",), 'update="auto"', "Did you mean 'host'?", who=OFFLOAD,
-    ),
-    "update without effect": lambda: Bad(
-        lambda: jzero.Offload(activations="host", update="host"), ValueError, "no effect", ("update='host'",), "params=",
-        who=OFFLOAD,
-    ),
-    "update on the host of what needs whole leaves": lambda: Bad(
-        offloads(contrib.muon(1e-3), update="host"), ValueError, "of 2 parameters' updates cannot be computed on the host",
-        ("params/w", "is not elementwise"), "update='auto'", "pieces alone", who=OFFLOAD,
-    ),
-    "update on the host of what rests in files": lambda: Bad(
-        shard(jzero.make_train_step(loss, TX), offload=jzero.Offload(params="nvme:/x", update="host")), NotImplementedError,
-        "the host does not update parameters that rest in files", ("update='host'",), "params='host'", "brought to the device",
-    ),
-    "fetch at no time": lambda: Bad(
-        lambda: jzero.Offload(params="host", fetch="used"), ValueError, "fetch= is 'step' or 'use'", ("fetch='used'",),
-        'fetch="use"', "Did you mean 'use'?", who=OFFLOAD,
-    ),
-    "fetch of what is there": lambda: Bad(
-        lambda: jzero.Offload(opt_state="host", fetch="use"), ValueError, "parameters in host memory", ("params=None",),
-        'params="host"', who=OFFLOAD,
-    ),
-    "fetch at uses that are none": lambda: Bad(
-        shard(jzero.make_train_step(loss, TX), stage=1, offload=AT_USE), ValueError, "only stage 3 wants", ("stage 1",),
-        "stage=3",
-    ),
-    "gradients in another dtype": lambda: Bad(
-        shard(jzero.make_train_step(loss, TX, precision="bf16-pure"), offload=AT_USE), NotImplementedError,
-        "the dtype of the parameters that rest", ("rest in bfloat16", "float32"), "precision='bf16'",
-    ),
-    "an optimizer that waits for gradients that left": lambda: Bad(
-        offloads(optax.chain(optax.clip_by_global_norm(1.0), TX), params="host", fetch="use"), NotImplementedError,
-        "no update may wait for all gradients", ("params/w",), "clip_norm=", "in host memory", who=OFFLOAD,
-    ),
-    "activations under a policy that saves nothing": lambda: Bad(
-        shard(jzero.make_train_step(loss, TX), remat="full", offload=jzero.Offload(activations="host")), ValueError,
-        "activations= would have no effect", ("remat='full'",), "remat='dots'", "remat policy's choice",
-    ),
-    "offload of activations without a name": lambda: Bad(
-        shard(jzero.make_train_step(loss, TX), remat="offload:"), ValueError, "names nothing to offload", ("'offload:'",),
-        "offload:hidden",
-    ),
-    "offload of an optimizer without arrays": lambda: Bad(
-        offloads(optax.sgd(0.1)), ValueError, "opt_state= would have no effect",
-        ("no arrays of this role",), "Leave opt_state= out", who=OFFLOAD,
-    ),
-    "offload of an update that looks at all leaves": lambda: Bad(
-        offloads(optax.chain(TX, optax.clip_by_global_norm(1.0))), ValueError,
-        "not leaf by leaf", ("2 parameters (params/b, params/w) meet",), "clip gradients, not updates", "each bucket",
-        who=OFFLOAD,
     ),
     "schedule": lambda: Bad(
         shard(schedule="1f1b"), TypeError, "a schedule is for a step of a jzero.Pipeline", ("schedule='1f1b'",), "jzero.make"

@@ -8,12 +8,15 @@ import gc
 
 import jax
 import jax.numpy as jnp
+import mistakes
+import mistakes_offload
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from mistakes import ROWS, TABLE, TX, Bad, own_step, params, prints_in_order
+from mistakes import ROWS, TX, Bad, own_step, params, prints_in_order
 
 import jzero
 
+TABLE = mistakes.TABLE | mistakes_offload.TABLE
 compiled: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
 
