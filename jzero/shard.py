@@ -11,7 +11,20 @@ import jax
 from jzero import mesh as meshes
 from jzero._errors import columns, explain
 from jzero._tree import named_leaves, short
-from jzero.engine import achieved, asked, compiler, fetching, leaves, offloaded, programs, reporting, resting, streaming
+from jzero.engine import (
+    achieved,
+    asked,
+    compiler,
+    fetching,
+    leaves,
+    offloaded,
+    offloaded_opaque,
+    programs,
+    reporting,
+    resting,
+    streamed_report,
+    streaming,
+)
 from jzero.engine.asked import WHO
 from jzero.engine.bringing import Bringing
 from jzero.engine.layout import Layout, Options, layout
@@ -148,15 +161,14 @@ class ShardedStep:
         arrays, statics = split_statics(state)
         placed = self._layout(arrays)
         if self._options.moves_state:
-            assert isinstance(self.fn, TrainStep)
-            return streaming.lower(self.fn, self._plan(placed), self._options, statics, batch)[0]
+            return streaming.lower(self.fn, self._plan(placed, statics, batch), self._options, statics, batch)[0]
         return programs.lower(self.fn, self._options, placed, statics, batch)[0]
 
     def report(self, state: Any, *batch: Any) -> Report:
         """What the compiled step needs and moves, measured beside the stage's formula. Compiles if it must; runs nothing."""
         program = self._program(state, *batch)
         found = reporting.report(self._measured(program), achieved.lines(program.faults), batch, len(self._programs))
-        return streaming.report(program, found) if isinstance(program, streaming.StreamedProgram) else found
+        return streamed_report.report(program, found) if isinstance(program, streaming.StreamedProgram) else found
 
     def _measured(self, program: Program) -> achieved.Subject:
         if program.subject is None:
@@ -196,14 +208,16 @@ class ShardedStep:
 
     def _new(self, placed: Layout, statics: Statics, batch: tuple[Any, ...]) -> Program:
         if self._options.moves_state:
-            assert isinstance(self.fn, TrainStep)
-            return streaming.StreamedProgram(self.fn, self._plan(placed), self._options, placed, statics, batch)
+            plan = self._plan(placed, statics, batch)
+            return streaming.StreamedProgram(self.fn, plan, self._options, placed, statics, batch)
         return Program(placed, statics, *programs.lower(self.fn, self._options, placed, statics, batch))
 
-    def _plan(self, placed: Layout) -> offloaded.Update:
-        """How the update is cut, for one layout."""
+    def _plan(self, placed: Layout, statics: Statics | None = None, batch: tuple[Any, ...] = ()) -> offloaded.Update:
+        """How the update is cut, for one layout; of a step that makes its own, for one batch shape."""
+        if not isinstance(self.fn, TrainStep):
+            assert statics is not None
+            return offloaded_opaque.prepare(self.unsharded(statics), placed, self._options, batch)
         if placed not in self._plans:
-            assert isinstance(self.fn, TrainStep)
             self._plans[placed] = offloaded.prepare(self.fn, placed, self._options)
         return self._plans[placed]
 
@@ -218,10 +232,10 @@ class ShardedStep:
     def _check_offload(self, placed: Layout) -> None:
         """What cannot rest where it should, or not be updated there, is refused before anything is made."""
         if self._options.moves_state:
-            assert isinstance(self.fn, TrainStep)
             leaving = fetching.candidates(placed, self._options)
             resting.check(placed, self._options.tiers, self.fn, leaving)
-            self._plan(placed)
+            if isinstance(self.fn, TrainStep):
+                self._plan(placed)
 
     def unsharded(self, statics: Statics) -> Callable[..., Any]:
         """The same step as one device runs it, on a state without its static leaves."""

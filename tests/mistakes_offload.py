@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import jax
+import numpy as np
 import optax
 from mistakes import TX, Bad, loss, params, shard
 from optax import contrib
@@ -19,12 +21,44 @@ def offloads(tx, **options):
     return lambda: step.place(state)
 
 
+def cut_step(norm_of, *, by_all=False):
+    """A call of a step that makes its own update, momentum, and returns a norm; `by_all`: one norm scales all moments."""
+
+    def own_step(state, x):
+        p, moments = state["params"], state["momentum"]
+        grads = jax.grad(loss)(p, x)
+        moments = jax.tree.map(lambda moment, grad: 0.9 * moment + grad, moments, grads)
+        scale = 1e-3 / optax.tree.norm(moments) if by_all else 1e-3
+        new = {"params": jax.tree.map(lambda leaf, moment: leaf - scale * moment, p, moments), "momentum": moments}
+        return new, {"norm": norm_of(grads, moments)}
+
+    step = jzero.shard(own_step, stage=3, offload=HOST)
+    shapes = {
+        role: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params())
+        for role in ("params", "momentum")
+    }
+    return lambda: step.report(shapes, jax.ShapeDtypeStruct((16, 64), np.float32))
+
+
 TABLE: dict[str, Callable[[], Bad]] = {
     "offload by name": lambda: Bad(
         shard(offload="host"), TypeError, "offload= is a jzero.Offload", ("offload='host'",), 'jzero.Offload(opt_state="host")'
     ),
-    "offload of a step that makes its own update": lambda: Bad(
-        shard(offload=HOST), NotImplementedError, "only a TrainStep's state", ("Offload(opt_state='host')",), "make_train_step"
+    "offload of parameters of a step that makes its own update": lambda: Bad(
+        shard(offload=jzero.Offload(opt_state="host", params="host")), NotImplementedError, "only a TrainStep's params",
+        ("Offload(opt_state='host', params='host')",), 'Offload(opt_state="host")', "in host memory",
+    ),
+    "files for a step that makes its own update": lambda: Bad(
+        shard(offload=jzero.Offload(opt_state="nvme:/x")), NotImplementedError, "only a TrainStep's state can rest in files",
+        ("opt_state='nvme:/x'",), "make_train_step", "in host memory",
+    ),
+    "a step that returns what it makes of moments": lambda: Bad(
+        cut_step(lambda grads, moments: optax.tree.norm(moments)), ValueError, "1 of the values that the step returns",
+        ("aux['norm']", "(tree_norm)"), "keep opt_state on the device", "a bucket of leaves", who=OFFLOAD,
+    ),
+    "a step whose moments meet": lambda: Bad(
+        cut_step(lambda grads, moments: optax.tree.norm(grads), by_all=True), ValueError, "is not leaf by leaf",
+        ("2 parameters (params/b, params/w) meet", "tree_sum"), "keep opt_state on the device", "each bucket", who=OFFLOAD,
     ),
     "offload of nothing": lambda: Bad(
         jzero.Offload, ValueError, "nothing is offloaded", ("are None",), 'Offload(opt_state="host")', who=OFFLOAD

@@ -109,15 +109,15 @@ def test_a_large_leaf_comes_in_slices_if_its_update_is_elementwise():
 def test_slices_are_equal_and_leave_split_dims_alone():
     mesh = jzero.make_mesh(data=8)
     sharding = jax.NamedSharding(mesh, PartitionSpec(None, "data"))
-    assert slices.cut((12, 64), sharding, 1000, 250) == slices.Slices(0, 4, 3)
-    assert slices.cut((12, 64), sharding, 1000, 200) == slices.Slices(0, 6, 2)  # 5 does not divide 12
-    assert slices.cut((13, 64), sharding, 1000, 250) == slices.Slices(0, 13, 1)
-    assert slices.cut((64,), jax.NamedSharding(mesh, PartitionSpec("data")), 1000, 250) is None
+    assert slices.cut((12, 64), [sharding], 1000, 250) == slices.Slices(0, 4, 3)
+    assert slices.cut((12, 64), [sharding], 1000, 200) == slices.Slices(0, 6, 2)  # 5 does not divide 12
+    assert slices.cut((13, 64), [sharding], 1000, 250) == slices.Slices(0, 13, 1)
+    assert slices.cut((64,), [jax.NamedSharding(mesh, PartitionSpec("data"))], 1000, 250) is None
     whole = jax.NamedSharding(mesh, PartitionSpec())
-    assert slices.cut((4, 256), whole, 6000, 100) == slices.Slices(1, 64, 4)
-    assert slices.cut((4, 256), whole, 6000, 100, on_tpu=True) == slices.Slices(1, 2, 128)  # no tile is cut
-    assert slices.cut((4, 4096), whole, 6000, 400, on_tpu=True) == slices.Slices(1, 16, 256)
-    assert slices.cut((13, 64), sharding, 1000, 50) == slices.Slices(0, 13, 1)  # as many as there can be
+    assert slices.cut((4, 256), [whole], 6000, 100) == slices.Slices(1, 64, 4)
+    assert slices.cut((4, 256), [whole], 6000, 100, on_tpu=True) == slices.Slices(1, 2, 128)  # no tile is cut
+    assert slices.cut((4, 4096), [whole], 6000, 400, on_tpu=True) == slices.Slices(1, 16, 256)
+    assert slices.cut((13, 64), [sharding], 1000, 50) == slices.Slices(0, 13, 1)  # as many as there can be
 
 
 def test_a_skipped_step_moves_nothing_back():

@@ -12,7 +12,7 @@ from jzero import stages
 from jzero._errors import explain, suggest
 from jzero.engine.layout import Options
 from jzero.offload import Offload, Tier, tier
-from jzero.offload.asked import DEVICE, NVME, USE, Place
+from jzero.offload.asked import DEVICE, HOST, NVME, USE, Place
 from jzero.pipeline import schedules
 from jzero.pipeline.model import Pipeline
 from jzero.pipeline.schedule import Schedule
@@ -89,9 +89,21 @@ def _check_offload(fn: Any, offload: Any, donate: Any) -> None:
         problem = "the host does not update parameters that rest in files"
         raise NotImplementedError(explain(WHO, problem, found=found, context=context, fix=fix))
     if not isinstance(fn, TrainStep):
-        found = [f"{offload} with a step that makes its own update"]
-        fix = "Let jzero make the update, so that it can be cut: jzero.make_train_step(loss_fn, optimizer)."
-        raise NotImplementedError(explain(WHO, "only a TrainStep's state can be offloaded", found=found, fix=fix))
+        _check_opaque(offload)
+
+
+def _check_opaque(offload: Offload) -> None:
+    """A step that makes its own update is cut where the optimizer's arrays enter; parameters enter everywhere."""
+    place, asked = offload.place_of("opt_state"), [name for name in ("params", "activations") if offload.place_of(name)]
+    if not asked and place is not None and place.kind == HOST:
+        return
+    found = [f"{offload} with a step that makes its own update"]
+    context = "of such a step the optimizer's state can rest in host memory"
+    fix = 'Write Offload(opt_state="host"), or let jzero make the update: jzero.make_train_step(loss_fn, optimizer).'
+    problem = (
+        f"only a TrainStep's {' and '.join(asked)} can be offloaded" if asked else "only a TrainStep's state can rest in files"
+    )
+    raise NotImplementedError(explain(WHO, problem, found=found, context=context, fix=fix))
 
 
 def _check_fetch(fn: Any, offload: Offload | None, stage: stages.Stage, table: Schedule | None) -> None:

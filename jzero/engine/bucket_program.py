@@ -34,6 +34,7 @@ class BucketProgram:
         self.members = (*bucket.params, *bucket.opt_state)
         trained, arrays = ({index: at for at, index in enumerate(part)} for part in (plan.trained, plan.arrays))
         self.param_at, self.array_at = [trained[i] for i in bucket.params], [arrays[i] for i in bucket.opt_state]
+        self.grad_at = [at for at, (index, _) in enumerate(plan.grads) if index in self.members]
         num_params, num_arrays, num_scalars = plan.num_outputs
         chosen = {*self.param_at, *(num_params + at for at in self.array_at)}
         outputs = [at in chosen for at in range(num_params + num_arrays + num_scalars)]
@@ -73,11 +74,13 @@ class BucketProgram:
         if size <= plan.bucket_bytes or len(shapes) > 1 or not in_host:
             return None
         (shape,) = shapes
-        specs = {layout.on_device[index].spec for index in self.members}
-        if len(specs) > 1 or not is_elementwise(self.jaxpr, shape):
+        placed = {
+            layout.on_device[index] for index in self.members
+        }  # moments may be split where a step keeps its parameters whole
+        if (len(placed) > 1 and self.bucket.on_host) or not is_elementwise(self.jaxpr, shape):
             return None
         on_tpu = layout.mesh.devices.flat[0].platform == "tpu"
-        return slices.cut(shape, layout.on_device[self.members[0]], size, plan.bucket_bytes, on_tpu=on_tpu)
+        return slices.cut(shape, [*placed], size, plan.bucket_bytes, on_tpu=on_tpu)
 
     def _run(self, members: list[Any], grads: list[Any], scales: list[Any], shared: list[Any], early: list[Any]) -> list[Any]:
         if self.slices is None:
@@ -139,10 +142,12 @@ class BucketProgram:
         """What the part of the traced update takes."""
         num_params, num_arrays, _ = self.plan.num_outputs
         params: list[Any] = [None] * num_params
-        given: list[Any] = [None] * num_params
+        given: list[Any] = [None] * len(self.plan.grads)
         arrays: list[Any] = [None] * num_arrays
-        for at, leaf, grad in zip(self.param_at, members, grads, strict=False):
-            params[at], given[at] = leaf, grad
+        for at, leaf in zip(self.param_at, members, strict=False):
+            params[at] = leaf
+        for at, grad in zip(self.grad_at, grads, strict=True):
+            given[at] = grad
         for at, leaf in zip(self.array_at, members[len(self.param_at) :], strict=True):
             arrays[at] = leaf
         every = [*consts, *self.plan.inputs(params, given, arrays, shared)[len(consts) :], *early]
@@ -151,33 +156,41 @@ class BucketProgram:
     def _lower(self, layout: Layout, options: Options, keeps_params: bool) -> Any:
         every = zip((layout.avals[index] for index in self.members), self.shardings, strict=True)
         avals = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf, sharding in every]
-        params = self.bucket.params
-        grads = [
-            jax.ShapeDtypeStruct(layout.avals[index].shape, self.plan.accumulate_dtype, sharding=sharding)
-            for index, sharding in zip(params, self._of_grads(), strict=True)
-        ]
-        state = jax.tree.unflatten(layout.treedef, layout.avals)
-        shared = [*(layout.avals[index] for index in self.plan.scalars), state.step, state.rng]
-        shared.append(jax.ShapeDtypeStruct((), jnp.float32))
+        grads, *values = self._handed_over(self._of_grads())
         whole = NamedSharding(options.mesh, PartitionSpec())
-        num_params = len(params)
+        num_params = len(self.bucket.params)
         own, opt_state = self.shardings[:num_params], self.shardings[num_params:]
-        alike = all(layout.avals[index].dtype == self.plan.accumulate_dtype for index in params)
-        alike = alike and not any(sharding.memory_kind == KIND for sharding in (*own, *self._of_grads()))
+        alike = self._alike and not any(sharding.memory_kind == KIND for sharding in (*own, *self._of_grads()))
         jitted = jax.jit(
             lambda own, opt_state, grads, *values: self._run([*own, *opt_state], grads, *values),
             in_shardings=(own, opt_state, self._of_grads(), whole, whole, whole),
             donate_argnums=self._donated(options, keeps_params, alike),
             out_shardings=self.shardings, keep_unused=True, compiler_options=compiler.options(options.mesh),
         )  # fmt: skip
-        early = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.plan.split.early]
-        scales = [jax.ShapeDtypeStruct((), jnp.float32)] * self.plan.num_scales
-        return jitted.lower(avals[:num_params], avals[num_params:], grads, scales, shared, early)
+        return jitted.lower(avals[:num_params], avals[num_params:], grads, *values)
+
+    def _handed_over(self, placed: Sequence[NamedSharding | None]) -> tuple[list[jax.ShapeDtypeStruct], ...]:
+        """What the gradient program hands to this one: gradients, `placed` so, their scales, what all buckets get."""
+        plan = self.plan
+        grads = [
+            jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
+            for aval, sharding in zip((plan.grads[at][1] for at in self.grad_at), placed, strict=True)
+        ]
+        early = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in plan.split.early]
+        return grads, [jax.ShapeDtypeStruct((), jnp.float32)] * plan.num_scales, plan.shared, early
+
+    @property
+    def _alike(self) -> bool:
+        """Whether each parameter has one gradient, of its dtype: whose memory may become the new parameter's."""
+        grads = [self.plan.grads[at] for at in self.grad_at]
+        dtypes = [(index, self.plan.layout.avals[index].dtype) for index in self.bucket.params]
+        return [(index, aval.dtype) for index, aval in grads] == dtypes
 
     def _of_grads(self) -> list[NamedSharding]:
         """Where gradients are when the update begins: of parameters that came at their uses, where these rest."""
         layout, at_use = self.plan.layout, self.plan.at_use
-        return [(layout.shardings if index in at_use else layout.on_device)[index] for index in self.bucket.params]
+        numbers = [self.plan.grads[at][0] for at in self.grad_at]
+        return [(layout.shardings if index in at_use else layout.on_device)[index] for index in numbers]
 
     def _donated(self, options: Options, keeps_params: bool, alike: bool) -> tuple[int, ...]:
         """Parameters are the gradient program's copies, or the state's own; gradients nobody wants any more. Where the state

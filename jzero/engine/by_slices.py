@@ -67,9 +67,8 @@ class SlicedProgram(BucketProgram):
         layout, members = self.plan.layout, self.members
         shapes = {layout.avals[index].shape for index in members}
         travelling = members if self.params_travel else self.bucket.opt_state
-        alike = all(layout.avals[index].dtype == self.plan.accumulate_dtype for index in self.bucket.params)
         specs = {layout.on_device[index].spec for index in members}
-        whole = alike and all(layout.places[index] is None for index in self.bucket.params)
+        whole = self._alike and all(layout.places[index] is None for index in self.bucket.params)
         is_large, can_go = self.bucket.moved_bytes > self.plan.bucket_bytes, self.params_travel or whole
         if is_large and can_go and len(shapes) == len(specs) == 1 and self._in_files(self.bucket.opt_state):
             (shape,) = shapes
@@ -87,10 +86,7 @@ class SlicedProgram(BucketProgram):
         whole_own = not self.params_travel or self.plan.held.issuperset(params)
         own = [aval(index, all_of[index] if whole_own else self.cut.shape(all_of[index])) for index in params]
         moments = [aval(index, self.cut.shape(all_of[index])) for index in opt_state]
-        grads = [jax.ShapeDtypeStruct(all_of[index], self.plan.accumulate_dtype) for index in params]
-        state = jax.tree.unflatten(layout.treedef, layout.avals)
-        shared = [*(layout.avals[index] for index in self.plan.scalars), state.step, state.rng]
-        shared.append(jax.ShapeDtypeStruct((), jnp.float32))
+        grads, *values = self._handed_over([None] * len(self.grad_at))
         whole = NamedSharding(options.mesh, PartitionSpec())
         placed = [[leaf.sharding for leaf in part] for part in (own, moments)]
         jitted = jax.jit(
@@ -99,10 +95,7 @@ class SlicedProgram(BucketProgram):
             donate_argnums=(1, 2) if not self.params_travel else (1,) if whole_own else (0, 1), keep_unused=True,
             compiler_options=compiler.options(options.mesh),
         )  # fmt: skip
-        early = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.plan.split.early]
-        scales = [jax.ShapeDtypeStruct((), jnp.float32)] * self.plan.num_scales
-        index = jax.ShapeDtypeStruct((), jnp.int32)
-        return jitted.lower(own, moments, grads, scales, shared, early, index)
+        return jitted.lower(own, moments, grads, *values, jax.ShapeDtypeStruct((), jnp.int32))
 
     def _one(
         self, own: list[Any], moments: list[Any], grads: list[Any], scales: Any, shared: Any, early: Any, index: jax.Array

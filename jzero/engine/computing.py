@@ -79,11 +79,11 @@ def load_of(plan: Any, group: Bucket) -> Load:
     size = lambda index: bytes_on_one_device(layout.placements[index].leaf, layout.on_device[index])
     members = (*group.params, *group.opt_state)
     moved, still = ([index for index in members if (layout.places[index] is None) == yes] for yes in (False, True))
-    shard = lambda index: layout.on_device[index].shard_shape(layout.avals[index].shape)
-    grads = {index: num_bytes(jax.ShapeDtypeStruct(shard(index), plan.accumulate_dtype)) for index in group.params}
-    there = sum(grads[index] for index in group.params if index in plan.at_use)
+    on_one = lambda index, aval: jax.ShapeDtypeStruct(layout.on_device[index].shard_shape(aval.shape), aval.dtype)
+    grads = [(index, num_bytes(on_one(index, aval))) for index, aval in plan.grads if index in members]
+    there = sum(size for index, size in grads if index in plan.at_use)
     in_turns = group.moved_bytes > plan.bucket_bytes and {layout.places[index].kind for index in moved} == {HOST}
-    return Load(sum(map(size, moved)), sum(map(size, still)), sum(grads.values()), in_turns, there)
+    return Load(sum(map(size, moved)), sum(map(size, still)), sum(size for _, size in grads), in_turns, there)
 
 
 def reasons(plan: Any, groups: Sequence[Bucket], asked: str) -> list[str | None]:

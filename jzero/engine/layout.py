@@ -87,8 +87,10 @@ class Layout:
     def only(self, chosen: Sequence[int]) -> "Layout":
         """The layout of a list of some of the leaves."""
         pick = lambda values: tuple(values[index] for index in chosen)
-        treedef = jax.tree.structure([0] * len(chosen))
-        return Layout(treedef, pick(self.avals), pick(self.placements), self.mesh, pick(self.places))
+        treedef, number = jax.tree.structure([0] * len(chosen)), {index: at for at, index in enumerate(chosen)}
+        renumbered = lambda one: one._replace(leaf=one.leaf._replace(owner=number.get(one.leaf.owner)))
+        placements = tuple(map(renumbered, pick(self.placements)))
+        return Layout(treedef, pick(self.avals), placements, self.mesh, pick(self.places))
 
     def without_opt_state(self) -> "Layout":
         """The layout of a `TrainState` with None for the optimizer's state."""
@@ -147,6 +149,7 @@ class Trace:
     num_scalars: int = 0  # in the all-reduce that ends the gradient
     pipeline: dict[str, Any] = field(default_factory=dict)  # what a pipeline costs, for the report
     formula: traffic.Table | None = None  # its wire bytes
+    to_shards: frozenset[int] = frozenset()  # parameters whose gradients leave an opaque step's first part in shards
     kept: int = 0  # leaves of the state, the first, that the program reads and does not give back
     at_use: frozenset[int] = frozenset()  # parameters that come from host memory at their uses, and whose gradients leave
     choices: Any = ()  # of implementations of operations, with reasons (`pallas_kernels.Choice`)

@@ -84,6 +84,21 @@ class Update:
         same = lambda index: layout.avals[index].dtype == seen.avals[index].dtype
         return frozenset(index for index in layout.in_files if self.mask[index] and same(index))
 
+    @cached_property
+    def grads(self) -> list[tuple[int, jax.ShapeDtypeStruct]]:
+        """What the gradient program hands to the update of single leaves: the number of the leaf whose shape and place it has,
+        and what it is.
+        """
+        avals = self.layout.avals
+        return [(index, jax.ShapeDtypeStruct(avals[index].shape, self.accumulate_dtype)) for index in self.trained]
+
+    @cached_property
+    def shared(self) -> list[jax.ShapeDtypeStruct]:
+        """What it hands to all of them, whole on every device: the optimizer's scalars before the step, step, rng, loss."""
+        state = jax.tree.unflatten(self.layout.treedef, self.layout.avals)
+        scalars = [self.layout.avals[index] for index in self.scalars]
+        return [*scalars, state.step, state.rng, jax.ShapeDtypeStruct((), jnp.float32)]
+
     @property
     def num_outputs(self) -> tuple[int, int, int]:
         return len(self.trained), len(self.arrays), len(self.scalars)
@@ -92,7 +107,7 @@ class Update:
         """The traced update's inputs in order."""
         return [*self.split.consts, *params, *grads, *arrays, *shared]
 
-    def rest(self, state: Any) -> TrainState:
+    def rest(self, state: Any) -> Any:
         """The state as the gradient program sees it."""
         opt_leaves = jax.tree.leaves(state.opt_state)
         numbers = dict(zip(_opt_leaves(self.layout), opt_leaves, strict=True))
@@ -125,10 +140,19 @@ def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
     while found.late:  # scales of 8-bit moments, say
         bare = replace(bare, late=bare.late | {bare.scalars[at] for at in found.late})
         found = splitting.split(*_traced(step, bare), num_scalars=len(bare.scalars))
-    groups, plan, asked = _groups(bare, found), replace(bare, split=found), options.offload.update
+    nodes, _ = _nodes(bare)
+    node_of = {index: node for node, index in enumerate(bare.trained)} | dict(zip(bare.arrays, nodes, strict=True))
+    plan = replace(bare, split=found)
     _check_nothing_waits(plan)
+    return packed(plan, node_of, options)
+
+
+def packed(plan: Update, node_of: dict[int, int], options: Options) -> Update:
+    """The update with its buckets. `node_of`: the node of each leaf that has one, by the leaf's number."""
+    assert options.offload is not None
+    groups, asked = _groups(plan, node_of), options.offload.update
     reasons = computing.reasons(plan, groups, asked)  # may be an error, so before anything is measured
-    size = resting.bucket_bytes(layout, options)
+    size = resting.bucket_bytes(plan.layout, options)
     plan = replace(plan, bucket_bytes=size)
     groups, computed = computing.choose(plan, groups, reasons, asked)
     return replace(plan, buckets=packing.pack(groups, size), computed=computed)
@@ -137,11 +161,9 @@ def prepare(step: TrainStep, layout: Layout, options: Options) -> Update:
 def _traced(step: TrainStep, update_: Update) -> tuple[Any, list[Input], int, list[str]]:
     """The jaxpr of the whole update, what its inputs are, and the names of their nodes."""
     layout, trained = update_.layout, update_.trained
-    state = jax.tree.unflatten(layout.treedef, layout.avals)
     params = [layout.avals[index] for index in trained]
-    grads = [jax.ShapeDtypeStruct(leaf.shape, update_.accumulate_dtype) for leaf in params]
-    scalars, arrays = [[layout.avals[index] for index in part] for part in (update_.scalars, update_.arrays)]
-    shared = [*scalars, state.step, state.rng, jax.ShapeDtypeStruct((), jnp.float32)]
+    grads = [aval for _, aval in update_.grads]
+    arrays, shared = [layout.avals[index] for index in update_.arrays], update_.shared
 
     def run(params: list[Any], grads: list[Any], arrays: list[Any], shared: list[Any]) -> list[Any]:
         *scalars, number, rng, loss = shared
@@ -179,13 +201,13 @@ def _nodes(update_: Update) -> tuple[list[int], list[str]]:
     return nodes, names
 
 
-def _groups(update_: Update, found: Split) -> list[Bucket]:
+def _groups(update_: Update, node_of: dict[int, int]) -> list[Bucket]:
     layout = update_.layout
-    nodes, _ = _nodes(update_)
     groups = []
-    for group in found.groups:
-        params = tuple(update_.trained[node] for node in group if node < len(update_.trained))
-        opt_state = tuple(index for index, node in zip(update_.arrays, nodes, strict=True) if node in group)
+    for group in map(set, update_.split.groups):
+        params, opt_state = (
+            tuple(index for index in part if node_of[index] in group) for part in (update_.trained, update_.arrays)
+        )
         moved = [index for index in (*params, *opt_state) if layout.places[index] is not None]
         size = sum(bytes_on_one_device(layout.placements[index].leaf, layout.on_device[index]) for index in moved)
         groups.append(Bucket(params, opt_state, size))

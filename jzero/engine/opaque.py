@@ -37,7 +37,7 @@ def build(fn: Callable[..., Any], layout: Layout, options: Options, traces: list
 
     def in_sight_of_the_mesh(state: Any, *batch: Any) -> tuple[Any, Any]:
         jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(state, *batch)
-        _check_result(state, shapes)
+        check_result(state, shapes)
         check_effects(jaxpr, options)
         leaves = jax.tree.leaves(batch)
         traces[:] = [Trace(jaxpr=jaxpr, facts=(*facts, *[None] * len(leaves)), reading=reading)]
@@ -47,7 +47,7 @@ def build(fn: Callable[..., Any], layout: Layout, options: Options, traces: list
     return sharded
 
 
-def _check_result(state: Any, shapes: Any) -> None:
+def check_result(state: Any, shapes: Any) -> None:
     if not isinstance(shapes, tuple) or len(shapes) != 2:
         fix = "A step is fn(state, *batch) -> (state, aux); return None as aux if there is none."
         raise TypeError(explain("jzero.shard", "the step must return (state, aux)", found=[_got(shapes)], fix=fix))

@@ -121,7 +121,7 @@ def _formula(fn: Any, layout: Layout, options: Options, trace: Trace, uses: list
         return {}
     if trace.formula is not None:
         return trace.formula
-    return _composed(fn, layout, options, trace, uses) if isinstance(fn, TrainStep) else _opaque(layout, options, uses)
+    return _composed(fn, layout, options, trace, uses) if isinstance(fn, TrainStep) else _opaque(layout, options, trace, uses)
 
 
 def _composed(fn: TrainStep, layout: Layout, options: Options, trace: Trace, uses: list[Any]) -> traffic.Table:
@@ -142,8 +142,8 @@ def _param(layout: Layout, options: Options, index: int, trains: bool) -> traffi
     return traffic.Param(layout.num_elements(index), zero_split(entries), trains, rest, whole, _also(entries))
 
 
-def _opaque(layout: Layout, options: Options, uses: list[Any]) -> traffic.Table:
-    split_owners = {
+def _opaque(layout: Layout, options: Options, trace: Trace, uses: list[Any]) -> traffic.Table:
+    split_owners = trace.to_shards | {
         p.leaf.owner for i, p in enumerate(layout.placements) if p.leaf.owner is not None and _has_data(layout.split(i))
     }
     zero = tuple(name for name in ZERO_BATCH_AXES if name in options.mesh.axis_names)
@@ -210,7 +210,7 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
         found += whole[:10] + (
             [f"... and {len(whole) - 10} more parameters stay whole: see leaf_table()"] if len(whole) > 10 else []
         )
-        if not any(_has_data(layout.split(index)) for index in range(len(layout.avals))):
+        if not trace.to_shards and not any(_has_data(layout.split(index)) for index in range(len(layout.avals))):
             found.append(f"stage {options.stage.number} shards nothing: no leaf is large enough and divisible")
     respelled = [one for one in measured.collectives if one.kind == "all-reduce" and audits.meaning(one) != one.kind]
     if respelled:

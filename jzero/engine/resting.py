@@ -17,9 +17,9 @@ from jzero.step import params as parameters
 LEAST_FILE_BYTES = 2**22  # of a bucket in files: less would not keep a drive busy
 
 
-def check(layout: Layout, tiers: Mapping[Place, Tier], fn: TrainStep, leaving: Collection[int] = ()) -> None:
+def check(layout: Layout, tiers: Mapping[Place, Tier], fn: Any, leaving: Collection[int] = ()) -> None:
     """Every tier can hold what is to rest there, and host memory the gradients that leave for it: of the leaves `leaving`."""
-    still = frozen(layout, fn)
+    still = frozen(layout, fn) if isinstance(fn, TrainStep) else frozenset()
     rows = list(zip(layout.placements, layout.avals, layout.on_device, layout.places, strict=True))
     for place, tier in tiers.items():
         members = [

@@ -30,7 +30,7 @@ def obstacles(jaxpr: Any, also: frozenset[str] = frozenset()) -> list[Any]:
     Args:
       also: names of further operations that may be (`BY_PLACE`).
     """
-    return first(jaxpr, lambda eqn: not _is_elementwise(eqn, also))
+    return first(jaxpr, lambda eqn: not is_elementwise(eqn, also))
 
 
 def first(jaxpr: Any, is_one: Callable[[Any], bool]) -> list[Any]:
@@ -50,7 +50,7 @@ def is_for_the_device(eqn: Any) -> bool:
     return eqn.primitive.name in DEVICE_ONLY or any(map(is_for_the_device, inner))
 
 
-def _is_elementwise(eqn: Any, also: frozenset[str]) -> bool:
+def is_elementwise(eqn: Any, also: frozenset[str] = frozenset()) -> bool:
     """Or of scalars alone, or one that spreads scalars over an array."""
     name = eqn.primitive.name
     shapes = {atom.aval.shape for atom in (*eqn.invars, *eqn.outvars)} - {()}

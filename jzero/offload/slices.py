@@ -35,15 +35,15 @@ class Slices(NamedTuple):
 
 
 def cut(
-    shape: Sequence[int], sharding: NamedSharding, moved_bytes: int, bucket_bytes: int, *, on_tpu: bool = False
+    shape: Sequence[int], shardings: Sequence[NamedSharding], moved_bytes: int, bucket_bytes: int, *, on_tpu: bool = False
 ) -> Slices | None:  # fmt: skip
     """The fewest equal slices that fit a bucket, along a dim that no axis splits; the first such dim, if it has enough. Where
     none has, the most that there can be. A TPU copies no part of a tile from host memory.
     """
-    entries = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
+    split = {dim for sharding in shardings for dim, entry in enumerate(sharding.spec) if entry is not None}
     wanted = -(-moved_bytes // bucket_bytes)
     found = []
-    for dim in (dim for dim, entry in enumerate(entries) if entry is None):
+    for dim in (dim for dim in range(len(shape)) if dim not in split):
         least = TILE[dim - len(shape)] if on_tpu and dim - len(shape) in TILE else 1
         nums = [num for num in range(2, shape[dim] // least + 1) if shape[dim] % (num * least) == 0]
         if nums:

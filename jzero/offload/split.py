@@ -51,7 +51,10 @@ class _Value(NamedTuple):
     is_early: bool = False
 
 
-def split(jaxpr: Any, inputs: Sequence[Input], num_params: int, names: Sequence[str], *, num_scalars: int = 0) -> Split:
+def split(
+    jaxpr: Any, inputs: Sequence[Input], num_params: int, names: Sequence[str], *, num_scalars: int = 0,
+    owners: Sequence[int] | None = None,
+) -> Split:  # fmt: skip
     """The parts of an update.
 
     Args:
@@ -59,6 +62,7 @@ def split(jaxpr: Any, inputs: Sequence[Input], num_params: int, names: Sequence[
       num_params: nodes below it are parameters.
       names: of all nodes, for the error.
       num_scalars: the last outputs, which the first program is to compute.
+      owners: for each output the node that it belongs to, where that may be none of those that it is computed from.
 
     Raises:
       ValueError: two parameters meet in something that can be computed only where their moments are.
@@ -72,7 +76,7 @@ def split(jaxpr: Any, inputs: Sequence[Input], num_params: int, names: Sequence[
     meetings = _Meetings(len(names))
     for eqn in jaxpr.eqns:
         operands = [_Value() if isinstance(atom, _compat.Literal) else values[atom] for atom in eqn.invars]
-        at_hand = [not away for away in _nodes(eqn, [int(not one.is_at_hand) for one in operands])]
+        at_hand = [not away for away in depends_on(eqn, [int(not one.is_at_hand) for one in operands])]
         if (
             all(at_hand)
             and any(one.nodes or one.is_early for one in operands)
@@ -80,10 +84,14 @@ def split(jaxpr: Any, inputs: Sequence[Input], num_params: int, names: Sequence[
         ):
             values |= dict.fromkeys(eqn.outvars, _Value(is_early=True))
             continue
-        nodes = _nodes(eqn, [one.nodes for one in operands])
+        nodes = depends_on(eqn, [one.nodes for one in operands])
         for together in nodes:
             meetings.note(together, eqn)
         values |= {var: _Value(some, is_here) for var, some, is_here in zip(eqn.outvars, nodes, at_hand, strict=True)}
+    made_by = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+    for atom, owner in zip(jaxpr.outvars, owners, strict=True) if owners is not None else ():
+        if not isinstance(atom, _compat.Literal) and atom in made_by:
+            meetings.note(values[atom].nodes | 1 << owner, made_by[atom])
     scalars = jaxpr.outvars[len(jaxpr.outvars) - num_scalars :]
     is_late = lambda var: not isinstance(var, _compat.Literal) and not values[var].is_at_hand
     late = [index for index, var in enumerate(scalars) if is_late(var)]
@@ -92,22 +100,27 @@ def split(jaxpr: Any, inputs: Sequence[Input], num_params: int, names: Sequence[
     return Split(jaxpr, consts, _frontier(jaxpr, values), groups, late)
 
 
-def _nodes(eqn: Any, given: list[int]) -> list[int]:
-    """What each output depends on. A branch taken by all leaves at once (optax.MultiSteps) ties none together."""
+def depends_on(eqn: Any, given: Sequence[int]) -> list[int]:
+    """What each output depends on, as bits. A branch taken by all leaves at once (optax.MultiSteps) ties none together."""
     if eqn.primitive.name != "cond":
         return [_union(given)] * len(eqn.outvars)
     branches = [_through(branch, given[1:]) for branch in eqn.params["branches"]]
     return [given[0] | _union(each) for each in zip(*branches, strict=True)]
 
 
+def reads(jaxpr: Any, given: Sequence[int]) -> list[int]:
+    """What the outputs of a program without constants depend on."""
+    found: dict[Any, int] = dict(zip(jaxpr.invars, given, strict=True))
+    read = lambda atom: 0 if isinstance(atom, _compat.Literal) else found[atom]
+    for eqn in jaxpr.eqns:
+        found |= zip(eqn.outvars, depends_on(eqn, list(map(read, eqn.invars))), strict=True)
+    return list(map(read, jaxpr.outvars))
+
+
 def _through(jaxpr: Any, given: Sequence[int]) -> list[int]:
     """What the outputs of a branch depend on."""
-    opened, _ = _compat.open_jaxpr(_compat.inlined(jaxpr))
-    found: dict[Any, int] = dict.fromkeys(opened.constvars, 0) | dict(zip(opened.invars, given, strict=True))
-    read = lambda atom: 0 if isinstance(atom, _compat.Literal) else found[atom]
-    for eqn in opened.eqns:
-        found |= zip(eqn.outvars, _nodes(eqn, list(map(read, eqn.invars))), strict=True)
-    return list(map(read, opened.outvars))
+    opened, consts = _compat.without_constants(_compat.inlined(jaxpr))
+    return reads(opened, [*[0] * len(consts), *given])
 
 
 def _union(masks: Sequence[int]) -> int:

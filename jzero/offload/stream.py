@@ -99,9 +99,13 @@ class Stream:
 
     def begin(self, step: int, first: Mapping[Place, Sequence[Trip]] | None = None) -> None:
         """Say what will travel. `step`: updates made so far; `first`: what is brought before the buckets."""
+        trips = {
+            place: [*(first or {}).get(place, ()), *(one.trips[place] for one in self.journeys if place in one.trips)]
+            for place in self.tiers
+        }
+        self.tiers = {place: tier for place, tier in self.tiers.items() if trips[place]}  # `fraction` may leave a place empty
         for place, tier in self.tiers.items():
-            trips = [journey.trips[place] for journey in self.journeys if place in journey.trips]
-            tier.begin(step, [*(first or {}).get(place, ()), *trips])
+            tier.begin(step, trips[place])
 
     def start(self) -> None:
         """Send the first two on their way."""

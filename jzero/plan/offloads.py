@@ -222,7 +222,7 @@ def _pieces(job: Job, leaf: Leaf, parts: list[int], moved: int, wanted: int) -> 
         return 1, False  # its noise is a function of an element's place: no update of a slice is a slice of the update
     in_files = [bool(amount) and _on_disk(job, role) for amount, role in zip(parts, _ROLES, strict=True)]
     if not any(in_files):
-        cut = slices.cut(_array(leaf, 1).shape, placed, moved, wanted, on_tpu=facts.is_tpu(job.parsed))
+        cut = slices.cut(_array(leaf, 1).shape, [placed], moved, wanted, on_tpu=facts.is_tpu(job.parsed))
         return (cut.num, True) if cut else (1, False)
     rests_here = not parts[0] and size.param == size.accumulate
     if not all(in_files[1:]) or not (in_files[0] or rests_here):  # what travels otherwise, or is not what gradients are: whole

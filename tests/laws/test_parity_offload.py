@@ -10,33 +10,32 @@ since 1e-6 is less than one.
 
 Where gradients leave as they appear (`fetch="use"`) their squares are added up in another program than otherwise: the norm may
 differ in its last place, and what is clipped by it with it. The bound is wider by just that difference, measured at each step.
+Float16 there is compiled without XLA:CPU's matmul library (`xla_cpu_experimental_ynn_fusion_type`), whose products round as
+their neighbours in the program have it: microbatches of three rows came out 1e-4 apart (docs/log.md).
 """
 
 import functools
 import tempfile
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import meshes
-import numpy as np
 import optax
 import pytest
 import small_gpt
 import small_pipeline
 import tables
 import tiny
-from closeness import assert_same_others, on_host
+from elsewhere import ON_HOST, assert_at_rest, assert_close
 from pairwise import label, pairwise
 
 import jzero
-from jzero._tree import is_float, named_leaves
-from jzero.offload.nvme.array import DiskArray
+from jzero.engine import compiler
 
 NUM_STEPS = 10
-ULPS = 2  # issue 6
 NORM_ULPS = 1  # of a norm whose squares are added up as layers' gradients appear, inside other programs
-ON_HOST = 1e-6  # issue 6
 OVERFLOWS = (3, 4, 7)  # steps of float16 that must be skipped
 TOO_LARGE = 2.0**60  # a loss scale at which every gradient of float16 is infinite
 
@@ -149,31 +148,19 @@ def with_scale(state, scale):
     return state._replace(loss_scale=state.loss_scale._replace(scale=placed))
 
 
-def assert_close(actual, expected, relative=0.0, of_norm=0.0):
-    digits = {path: jnp.finfo(leaf.dtype).nmant for path, leaf in named_leaves(expected) if is_float(leaf)}
-    actual, expected = on_host(actual), on_host(expected)
-    assert_same_others(actual, expected, "state")
-    for path, wanted in expected.floats.items():
-        largest = np.max(np.abs(wanted), initial=0)
-        last_place = 2.0 ** (np.floor(np.log2(largest)) - digits[path]) if largest else np.spacing(np.float32(0))
-        gap = np.max(np.abs(actual.floats[path] - wanted), initial=0)
-        bound = max(ULPS * last_place, relative * largest) + 2 * of_norm * largest  # moments hold squares of what was clipped
-        assert gap <= bound, f"{path}: {gap / last_place} units in the last place"
-
-
-def assert_at_rest(step, state):
-    """Every leaf is where the step's shardings say, memory kind included; returns how many are off the device."""
-    leaves, shardings = jax.tree.leaves(state), jax.tree.leaves(step.shardings(state))
-    assert [leaf.sharding for leaf in leaves] == shardings
-    return sum(isinstance(leaf, DiskArray) or leaf.sharding.memory_kind == "pinned_host" for leaf in leaves)
-
-
 def check(entry, model):
     walk(*steps(entry, model), model, is_fp16=entry.precision == "fp16")
 
 
 def walk(on_device, offloaded, model, *, is_fp16=False):
-    on_host, comes_at_use = offloaded.options.offload.update == "host", offloaded.options.offload.fetch == "use"
+    comes_at_use, before = offloaded.options.offload.fetch == "use", compiler.options
+    alike = {"xla_cpu_experimental_ynn_fusion_type": ""} if is_fp16 and comes_at_use else {}
+    with mock.patch.object(compiler, "options", lambda mesh: before(mesh) | alike):
+        _walk(on_device, offloaded, model, comes_at_use=comes_at_use, is_fp16=is_fp16)
+
+
+def _walk(on_device, offloaded, model, *, comes_at_use, is_fp16):
+    on_host = offloaded.options.offload.update == "host"
     state = on_device.place(on_device.fn.init(model.params()))
     num_skipped = 0
     for index in range(NUM_STEPS):
