@@ -54,6 +54,25 @@ def test_example(example):
     assert float(sharded_mb) < float(whole_mb) / 7, "stage 3 on eight devices leaves about an eighth on each"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["dict", "equinox", "linen", "nnx"])
+def test_any_library_s_step_keeps_its_optimizer_s_state_in_host_memory(library, tmp_path):
+    """The example with one more argument prints the same losses."""
+    source, line = (ROOT / "examples" / f"{library}.py").read_text(), "jzero.shard(train_step, stage=3"
+    assert line in source
+    moved = tmp_path / "example.py"
+    moved.write_text(source.replace(line, f'{line}, offload=jzero.Offload(opt_state="host")'))
+    outputs = []
+    for script in (ROOT / "examples" / f"{library}.py", moved):
+        environ = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"}
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environ)
+        assert done.returncode == 0, done.stdout + done.stderr
+        outputs.append(done.stdout)
+    on_device, elsewhere = ([float(loss) for loss in re.findall(r"^\d\.\d{4} .*$", out, re.M)[0].split()] for out in outputs)
+    assert len(on_device) >= 20
+    assert elsewhere == pytest.approx(on_device, abs=1e-3)
+
+
 # The training loop that people copy -----------------------------------------------------------------------------------------
 
 
