@@ -214,8 +214,10 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
             found.append(f"stage {options.stage.number} shards nothing: no leaf is large enough and divisible")
     respelled = [one for one in measured.collectives if one.kind == "all-reduce" and audits.meaning(one) != one.kind]
     if respelled:
-        count = len(respelled)
-        found.append(f"the compiler wrote {count} reduce-scatters or gathers as all-reduces: twice the bytes counted above")
+        as_written = audits.wire(respelled, options.mesh)
+        more = sum(amount for kinds in as_written.values() for amount in kinds.values()) - sum(map(audits.wire_bytes, respelled))
+        told = f"the compiler wrote {len(respelled)} reduce-scatters or gathers as all-reduces, which move {more:,} bytes more "
+        found.append(f"{told}than counted above (docs/troubleshooting.md)")
     found += [
         f"waits for the host: {one.what} of {one.bytes:,} bytes from {one.source or one.op_name or 'the compiler'}"
         for one in hlo.host_transfers(measured.module)[:10]
