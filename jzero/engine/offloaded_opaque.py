@@ -98,7 +98,9 @@ class OpaqueUpdate(Update):
         part, used = cut.first(outputs)
         given = dict(zip([cut.state[index] for index in self.kept], kept, strict=True))
         values = [*cut.consts, *(given.get(var) for var in cut.state), *jax.tree.leaves(batch)]
-        found = _compat.evaluate(part, [value for value, keep in zip(values, used, strict=True) if keep])
+        needed = [value for value, keep in zip(values, used, strict=True) if keep]
+        assert all(value is not None for value in needed), "a leaf that rests elsewhere is in the first part"
+        found = _compat.evaluate(part, needed)
         numbers = dict(zip(self.kept, kept, strict=True)) | dict(zip(new, found, strict=False))
         results, handed = found[len(new) : len(new) + num_results], found[len(new) + num_results :]
         pick = lambda places: [handed[at] for at in places]

@@ -214,8 +214,8 @@ def _findings(layout: Layout, options: Options, trace: Trace, measured: audits.A
             found.append(f"stage {options.stage.number} shards nothing: no leaf is large enough and divisible")
     respelled = [one for one in measured.collectives if one.kind == "all-reduce" and audits.meaning(one) != one.kind]
     if respelled:
-        as_written = audits.wire(respelled, options.mesh)
-        more = sum(amount for kinds in as_written.values() for amount in kinds.values()) - sum(map(audits.wire_bytes, respelled))
+        as_written = audits.wire(respelled, options.mesh).values()
+        more = sum(sum(kinds.values()) for kinds in as_written) - sum(map(audits.wire_bytes, respelled))
         told = f"the compiler wrote {len(respelled)} reduce-scatters or gathers as all-reduces, which move {more:,} bytes more "
         found.append(f"{told}than counted above (docs/troubleshooting.md)")
     found += [
