@@ -44,9 +44,13 @@ TABLE: dict[str, Callable[[], Bad]] = {
     "offload by name": lambda: Bad(
         shard(offload="host"), TypeError, "offload= is a jzero.Offload", ("offload='host'",), 'jzero.Offload(opt_state="host")'
     ),
-    "offload of parameters of a step that makes its own update": lambda: Bad(
-        shard(offload=jzero.Offload(opt_state="host", params="host")), NotImplementedError, "only a TrainStep's params",
-        ("Offload(opt_state='host', params='host')",), 'Offload(opt_state="host")', "in host memory",
+    "activations of a step that makes its own update": lambda: Bad(
+        shard(offload=jzero.Offload(activations="host")), NotImplementedError, "only a TrainStep's activations",
+        ("Offload(activations='host')",), 'Offload(opt_state="host")', "in host memory",
+    ),
+    "uses of a step that makes its own update": lambda: Bad(
+        shard(offload=AT_USE), NotImplementedError, "only a TrainStep's parameters come at their uses", ("fetch='use'",),
+        "make_train_step", "fetched once a step",
     ),
     "files for a step that makes its own update": lambda: Bad(
         shard(offload=jzero.Offload(opt_state="nvme:/x")), NotImplementedError, "only a TrainStep's state can rest in files",

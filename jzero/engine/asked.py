@@ -93,17 +93,16 @@ def _check_offload(fn: Any, offload: Any, donate: Any) -> None:
 
 
 def _check_opaque(offload: Offload) -> None:
-    """A step that makes its own update is cut where the optimizer's arrays enter; parameters enter everywhere."""
-    place, asked = offload.place_of("opt_state"), [name for name in ("params", "activations") if offload.place_of(name)]
-    if not asked and place is not None and place.kind == HOST:
+    """A step that makes its own update is cut where the optimizer's arrays enter, and begins with its parameters."""
+    places = [offload.place_of(name) for name in ("opt_state", "params")]
+    if offload.activations is None and offload.fetch != USE and all(place is None or place.kind == HOST for place in places):
         return
+    what = "activations can be offloaded" if offload.activations else "state can rest in files"
+    what = "parameters come at their uses" if offload.fetch == USE else what
     found = [f"{offload} with a step that makes its own update"]
-    context = "of such a step the optimizer's state can rest in host memory"
+    context = "of such a step optimizer state and parameters can rest in host memory, fetched once a step"
     fix = 'Write Offload(opt_state="host"), or let jzero make the update: jzero.make_train_step(loss_fn, optimizer).'
-    problem = (
-        f"only a TrainStep's {' and '.join(asked)} can be offloaded" if asked else "only a TrainStep's state can rest in files"
-    )
-    raise NotImplementedError(explain(WHO, problem, found=found, context=context, fix=fix))
+    raise NotImplementedError(explain(WHO, f"only a TrainStep's {what}", found=found, context=context, fix=fix))
 
 
 def _check_fetch(fn: Any, offload: Offload | None, stage: stages.Stage, table: Schedule | None) -> None:

@@ -1,7 +1,8 @@
 """Offload for a step that jzero did not write: its program is cut where the optimizer's arrays enter (`jzero/offload/cut.py`).
 
-The first part is sharded as the whole step would be (`engine/opaque.py`) and gives out what the second needs. That is the
-update, in buckets of leaves that depend on each other. Nothing of it is known by name: what a gradient is shows in its use.
+The first part fetches parameters that rest in host memory, is sharded as the whole step would be (`engine/opaque.py`) and gives
+out what the second needs. That is the update, in buckets of leaves that depend on each other. Nothing of it is known by name:
+what a gradient is shows in its use.
 """
 
 import math
@@ -19,6 +20,7 @@ from jzero._tree import num_bytes, short
 from jzero.engine import offloaded, opaque
 from jzero.engine.layout import Layout, Options
 from jzero.engine.offloaded import Carried, Update
+from jzero.gather.away import Space, moved
 from jzero.offload import cut as cutting
 from jzero.offload import split as splitting
 from jzero.offload.cut import Cut
@@ -96,7 +98,9 @@ class OpaqueUpdate(Update):
         new = [index for index in self.kept if index not in set(self.trained)]
         outputs = [index in set(new) for index in range(cut.num_state)] + [True] * num_results
         part, used = cut.first(outputs)
-        given = dict(zip([cut.state[index] for index in self.kept], kept, strict=True))
+        is_here = [self.layout.places[index] is None for index in self.kept]
+        here = [leaf if yes else moved(leaf, Space.Device) for leaf, yes in zip(kept, is_here, strict=True)]
+        given = dict(zip([cut.state[index] for index in self.kept], here, strict=True))
         values = [*cut.consts, *(given.get(var) for var in cut.state), *jax.tree.leaves(batch)]
         needed = [value for value, keep in zip(values, used, strict=True) if keep]
         assert all(value is not None for value in needed), "a leaf that rests elsewhere is in the first part"

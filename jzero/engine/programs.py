@@ -92,7 +92,8 @@ def lower(
         keep_unused=True,  # a state leaf that the step ignores is still state: placed, donated and reported
         compiler_options=compiler.options(options.mesh),
     )  # fmt: skip
-    abstract = jax.tree.unflatten(placed.treedef, placed.typed if fetching.is_asked(options) else placed.avals)
+    fetches = fetching.is_asked(options) or (not isinstance(fn, TrainStep) and any(placed.places))
+    abstract = jax.tree.unflatten(placed.treedef, placed.typed if fetches else placed.avals)
     with (
         pallas_kernels.target(options.mesh.devices.flat[0].device_kind, options.mesh.size),
         pallas_kernels.recording() as choices,

@@ -9,12 +9,20 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 Dims = tuple[int | None, ...]
 Shape = tuple[int, ...]
 
 
 def _same(eqn: Any, shape: Shape) -> Dims:
     return tuple(range(len(shape)))
+
+
+def _moved(eqn: Any, shape: Shape) -> Dims | None:
+    """Only to another memory: to other devices is a use."""
+    to_memory = all(isinstance(target, jax.memory.Space) for target in eqn.params["devices"])
+    return _same(eqn, shape) if to_memory else None
 
 
 def _transpose(eqn: Any, shape: Shape) -> Dims:
@@ -84,6 +92,7 @@ def _end_of_group(shape: Shape, new: Shape, before: int, after: int) -> tuple[in
 
 VIEWS: dict[str, Callable[[Any, Shape], Dims | None]] = {
     **dict.fromkeys(("convert_element_type", "copy", "copy_p", "reduce_precision", "name", "stop_gradient"), _same),
+    "device_put": _moved,
     "transpose": _transpose,
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast,

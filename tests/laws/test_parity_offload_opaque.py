@@ -20,6 +20,8 @@ NUM_STEPS = 10
 MIXES = {
     "opt": {"opt_state": "host"},
     "opt in buckets": {"opt_state": "host", "bucket_bytes": 4000},  # several to a bucket, and leaves in slices
+    "params": {"params": "host"},
+    "both": {"opt_state": "host", "params": "host", "bucket_bytes": 6000},
     "part": {"opt_state": "host", "fraction": 0.6, "bucket_bytes": 20000},
 }
 # One unit of what is stored coarsely moves a parameter by that part of Adam's step.
@@ -36,6 +38,7 @@ IN_SHORT = (
     ("opt in buckets", 1, "2", "clipped"),
     ("opt in buckets", 3, "8", "multi_steps"),
     ("part", 2, "3", "muon"),
+    ("both", 3, "8", "adamw"),
 )
 
 
