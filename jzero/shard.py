@@ -299,7 +299,8 @@ def shard(
       rules: ordered `(regex, PartitionSpec)` or `callable(path, leaf) -> PartitionSpec | None`; the first match wins.
       remat: "none", "full", "dots" or a jax policy, for each layer of jzero's models, or else for the loss as a whole;
         "offload_dots" and "offload:NAME,..." save in host memory.
-      offload: a `jzero.Offload`: what rests off the device between its uses (docs/offload.md). For a `TrainStep`.
+      offload: a `jzero.Offload`: what rests off the device between its uses (docs/offload.md). A step that makes its own update
+        is cut where the optimizer's arrays enter; for it state goes to host memory only.
       schedule: of a `jzero.Pipeline` on a mesh with an axis `pipe`: a name ("1f1b", the default, "gpipe", "interleaved",
         "zb_h1", "breadth_first") or a `jzero.schedules.Schedule`. `accumulate` is its number of microbatches.
       min_shard_elements: smaller leaves stay replicated.
@@ -312,7 +313,7 @@ def shard(
 
     Raises:
       ValueError, TypeError: bad arguments, a batch that does not divide, roles that cannot be decided, a state elsewhere.
-      NotImplementedError: `offload=` of a step that makes its own update.
+      NotImplementedError: of a step that makes its own update, files, `activations=` or `fetch="use"`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

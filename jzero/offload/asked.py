@@ -27,6 +27,8 @@ class Place(NamedTuple):
 class Offload:
     """What rests off the device between its uses, for `jzero.shard(..., offload=Offload(...))`.
 
+    Everything for a step of `jzero.make_train_step`; for any other step state in host memory.
+
     Args:
       opt_state: the optimizer's arrays: `"host"` (pinned host memory), `"nvme:FOLDER"` or None (the device).
       params: the parameters at rest, which are the fp32 masters: likewise. In files they and `opt_state` may share a folder.

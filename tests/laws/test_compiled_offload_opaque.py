@@ -47,6 +47,7 @@ def report(stage, **asked):
     return step.report(jax.eval_shape(make_state), jax.ShapeDtypeStruct((16 * ROWS, WIDTH), jnp.bfloat16))
 
 
+@pytest.mark.slow
 def test_parameters_go_too():
     """They are on the device, in their shards, from the step's beginning to its end."""
     whole, cut = report(3), report(3, params="host")
@@ -57,7 +58,7 @@ def test_parameters_go_too():
     assert cut.temp_bytes <= whole.temp_bytes + 2 * BUCKET_BYTES // 64 + grads + fetched
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_what_moves_is_gone_from_the_device(stage):
     num_params = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(make_state)["params"]))
     whole, cut = report(stage), report(stage, update="device")

@@ -34,11 +34,8 @@ FACTORS = {
     "optimizer": tuple(name for name in OPTIMIZERS if name not in (*WITHOUT_ARRAYS, *RESOLUTION)),
 }
 IN_SHORT = (
-    ("opt", 3, "8", "adamw"),
     ("opt in buckets", 1, "2", "clipped"),
-    ("opt in buckets", 3, "8", "multi_steps"),
-    ("part", 2, "3", "muon"),
-    ("both", 3, "8", "adamw"),
+    ("both", 3, "8", "multi_steps"),
 )
 
 
@@ -102,7 +99,9 @@ def averaging_step(state, x, y):
     return new, {"loss": loss, "norm": norm}
 
 
-@pytest.mark.parametrize(("stage", "mesh"), [(3, "8"), (1, "2"), (0, "1")])
+@pytest.mark.parametrize(
+    ("stage", "mesh"), [(3, "8"), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((1, "2"), (0, "1")))]
+)
 def test_averages_and_skipped_updates_are_cut_too(stage, mesh):
     params = own_step.make_params()
     state = {"params": params, "opt_state": OPTIMIZERS["adamw"]().init(params), "average": params, "step": jnp.int32(0)}
