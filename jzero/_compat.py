@@ -298,6 +298,14 @@ def cut(jaxpr: Any, values: Sequence[Any], *, given: bool) -> Any:
     return core.Jaxpr((), ins, outs, kept, opened.effects, opened.debug_info.with_unknown_names())
 
 
+def without_effects(jaxpr: Any) -> Any:
+    """A program without constants that prints and calls nothing: what such an equation computes is not defined in it."""
+    opened, consts = open_jaxpr(jaxpr)
+    assert not consts
+    kept = [eqn for eqn in opened.eqns if not eqn.effects]
+    return core.Jaxpr((), opened.invars, opened.outvars, kept, core.no_effects, opened.debug_info)
+
+
 def without_constants(jaxpr: Any) -> tuple[Any, list[Any]]:
     """The program with its constants as leading inputs, and those constants."""
     opened, consts = open_jaxpr(jaxpr)

@@ -60,6 +60,10 @@ TABLE: dict[str, Callable[[], Bad]] = {
         cut_step(lambda grads, moments: optax.tree.norm(moments)), ValueError, "1 of the values that the step returns",
         ("aux['norm']", "(tree_norm)"), "keep opt_state on the device", "a bucket of leaves", who=OFFLOAD,
     ),
+    "a step that prints moments": lambda: Bad(
+        cut_step(lambda grads, moments: jax.debug.print("{}", moments["b"][0])), ValueError, "prints or calls back",
+        ("debug_", "mistakes_offload.py"), "after the step", "a program of its own", who=OFFLOAD,
+    ),
     "a step whose moments meet": lambda: Bad(
         cut_step(lambda grads, moments: optax.tree.norm(grads), by_all=True), ValueError, "is not leaf by leaf",
         ("2 parameters (params/b, params/w) meet", "tree_sum"), "keep opt_state on the device", "each bucket", who=OFFLOAD,

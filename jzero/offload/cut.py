@@ -37,9 +37,12 @@ class Cut(NamedTuple):
         return _compat.prune(_compat.cut(self.jaxpr, self.handed, given=False), [*outputs, *(True,) * len(self.handed)])
 
     def second(self, outputs: Sequence[bool]) -> tuple[Any, list[Var]]:
-        """The program of the chosen outputs; and its inputs as variables of the whole: among them what is handed over."""
+        """The program of the chosen outputs; and its inputs as variables of the whole: among them what is handed over.
+
+        What the step prints and calls it has printed and called by then.
+        """
         computed = [var for var in self.handed if var not in set(self.jaxpr.invars)]
-        part, used = _compat.prune(_compat.cut(self.jaxpr, computed, given=True), outputs)
+        part, used = _compat.prune(_compat.without_effects(_compat.cut(self.jaxpr, computed, given=True)), outputs)
         return part, [var for var, keep in zip([*self.jaxpr.invars, *computed], used, strict=True) if keep]
 
 
@@ -52,13 +55,14 @@ def cut(jaxpr: Any, num_state: int, away: Iterable[int], paths: Sequence[str]) -
       paths: names of what it returns beside the state, for the error.
 
     Raises:
-      ValueError: something beside the state is computed from those leaves.
+      ValueError: something beside the state is computed from those leaves, or printed.
     """
     jaxpr, consts = _compat.without_constants(_compat.inlined(jaxpr))
     state, away = jaxpr.invars[len(consts) :][:num_state], set(away)
     late = _late(jaxpr, {state[index] for index in away})
     is_late = lambda atom: not isinstance(atom, _compat.Literal) and atom in late
-    _check(jaxpr, [is_late(atom) for atom in jaxpr.outvars[num_state:]], num_state, late, paths)
+    _check(jaxpr, [is_late(atom) for atom in jaxpr.outvars[num_state:]], num_state, paths)
+    _check_effects([eqn for eqn in jaxpr.eqns if eqn.effects and any(map(is_late, eqn.invars))])
     updated = tuple(index for index, atom in enumerate(jaxpr.outvars[:num_state]) if is_late(atom) and index not in away)
     given = late | set(jaxpr.invars[: len(consts)]) | {state[index] for index in updated}
     wanted = [jaxpr.outvars[index] for index in (*updated, *sorted(away))]
@@ -116,7 +120,18 @@ def handed_to(part: Any, inputs: Sequence[Var], handed: Sequence[Var]) -> list[i
     return reads(part, [1 << position[var] if var in position else 0 for var in inputs])
 
 
-def _check(jaxpr: Any, is_late: Sequence[bool], num_state: int, late: set[Var], paths: Sequence[str]) -> None:
+def _check_effects(late: Sequence[Any]) -> None:
+    """What a step prints, or calls back, comes from its first part."""
+    if late:
+        found = [f"{eqn.primitive.name} from {_compat.where(eqn)}" for eqn in late[:10]]
+        context = "a bucket of leaves is updated at a time, in a program of its own"
+        fix = "Look at moments after the step, in the state that it returns, or keep opt_state on the device."
+        raise ValueError(
+            explain(WHO, "the step prints or calls back what rests elsewhere", found=found, context=context, fix=fix)
+        )
+
+
+def _check(jaxpr: Any, is_late: Sequence[bool], num_state: int, paths: Sequence[str]) -> None:
     """What a step returns beside the state comes from its first part."""
     rows = []
     for path, yes, atom in zip(paths, is_late, jaxpr.outvars[num_state:], strict=True):

@@ -123,6 +123,26 @@ def test_compressed_moments_of_a_cut_step(name):
         assert float(jnp.max(jnp.abs(jax.device_get(wanted) - jax.device_get(found)))) <= LEARNING_RATE * RESOLUTION[name]
 
 
+def test_what_a_step_prints_is_printed_once():
+    """By its first part: the updates, of two buckets, would have to compute the loss again to print it."""
+    seen = []
+
+    def printing_step(state, x, y):
+        new, loss = own_step.make_step("adamw")(state, x, y)
+        jax.debug.callback(lambda value: seen.append(float(value)), loss)
+        return new, loss
+
+    _, cut = steps(printing_step, stage=3, mesh="1", mix="opt in buckets")
+    state = cut.place(own_step.initial("adamw"))
+    losses = []
+    for _ in range(2):
+        state, loss = cut(state, *own_step.batch())
+        losses.append(float(loss))
+    jax.effects_barrier()
+    assert len(cut.report(state, *own_step.batch()).offload["buckets"]) > 1
+    assert seen == losses
+
+
 def test_the_state_that_came_in_stays_valid_without_donation():
     step, cut = steps(own_step.make_step("adamw"), stage=3, mesh="2", mix="opt in buckets", donate=False)
     before = cut.place(own_step.initial("adamw"))
