@@ -12,7 +12,7 @@ ULPS = 2  # issue 6
 ON_HOST = 1e-6  # issue 6
 
 
-def assert_close(actual, expected, relative=0.0, of_norm=0.0):
+def assert_close(actual, expected, relative=0.0, of_norm=0.0, ulps=ULPS):
     digits = {path: jnp.finfo(leaf.dtype).nmant for path, leaf in named_leaves(expected) if is_float(leaf)}
     actual, expected = on_host(actual), on_host(expected)
     assert_same_others(actual, expected, "state")
@@ -20,7 +20,7 @@ def assert_close(actual, expected, relative=0.0, of_norm=0.0):
         largest = np.max(np.abs(wanted), initial=0)
         last_place = 2.0 ** (np.floor(np.log2(largest)) - digits[path]) if largest else np.spacing(np.float32(0))
         gap = np.max(np.abs(actual.floats[path] - wanted), initial=0)
-        bound = max(ULPS * last_place, relative * largest) + 2 * of_norm * largest  # moments hold squares of what was clipped
+        bound = max(ulps * last_place, relative * largest) + 2 * of_norm * largest  # moments hold squares of what was clipped
         assert gap <= bound, f"{path}: {gap / last_place} units in the last place"
 
 
